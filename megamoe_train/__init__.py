@@ -1,0 +1,31 @@
+"""Expert-parallel MoE layers for training: one fused kernel forward, one backward, behind Megatron's own interfaces.
+
+`moe` is the function, `MegaMoE` the module, `MegaMoEConfig` its shapes and knobs; `install()` turns the layer on inside
+Megatron. Names load on first use, so that `python -m megamoe_train.doctor` speaks even where torch does not import.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from .versions import __version__
+
+_HOMES = {
+    "MegaMoE": "module",
+    "MegaMoEConfig": "config",
+    "RoutingPlan": "plan",
+    "build_plan": "plan",
+    "install": "megatron.install",
+    "moe": "functional",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,137 @@
+"""What autograd keeps and what it runs: the one Function of the fused call, and the two halves of the staged one.
+
+Kept for backward: x, the weights p, h (unless it is recomputed), the experts' weights and the plan. Never the dispatched
+x, never a, never fc2's output. Every rank of the group must call backward once for every forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from .plan import RoutingPlan
+
+
+class WeightGradSink(Protocol):
+    """Who receives the gradient of an expert weight (a `[2I,H]` or `[H,I]` tensor, or a whole `[L,...]` stack)."""
+
+    def buffer(self, weight: Tensor) -> Tensor | None:
+        """A buffer of weight's shape, fp32 (fp64 for fp64), that backward adds to; None: compute a fresh gradient."""
+
+    def finish(self, weight: Tensor, grad: Tensor | None) -> Tensor | None:
+        """What backward returns to autograd for `weight`; `grad` is the fresh gradient, None if a buffer took it."""
+
+
+class ReturnGrads:
+    """The default sink: gradients go back to autograd in the weight's dtype."""
+
+    def buffer(self, weight: Tensor) -> Tensor | None:
+        return None
+
+    def finish(self, weight: Tensor, grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else grad.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything of one call that is no differentiable input."""
+
+    backend: object  # forward, backward: see backends.Backend
+    plan: RoutingPlan
+    group: dist.ProcessGroup | None
+    clamp: float | None
+    recompute: str | None  # None | "fc1"
+    sink: WeightGradSink
+    need: reference.Need
+    num_fc1: int  # tensors that hold fc1: 1 (a stack [L,2I,H]) or L; the rest hold fc2
+
+
+def per_expert(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+    """One stack `[L, a, b]`, or L tensors `[a, b]`, as a list of L tensors `[a, b]` (views)."""
+    return list(tensors[0].unbind(0)) if tensors[0].dim() == 3 else list(tensors)
+
+
+class MoE(torch.autograd.Function):
+    """y = sum over k of fc2[e] (p * swiglu(fc1[e] x)). Inputs: Call, x, weights, fc1 tensors, fc2 tensors."""
+
+    @staticmethod
+    def forward(ctx, call: Call, x: Tensor, weights: Tensor, *experts: Tensor) -> Tensor:
+        fc1, fc2 = per_expert(experts[: call.num_fc1]), per_expert(experts[call.num_fc1 :])
+        y, h = call.backend.forward(x, call.plan, weights, fc1, fc2, clamp=call.clamp, group=call.group)
+        ctx.call = call
+        # The sink knows a parameter by identity (main_grad hangs on it); saved-tensor hooks may hand back a copy.
+        ctx.experts = experts
+        ctx.save_for_backward(x, weights, None if call.recompute else h, *experts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        call: Call = ctx.call
+        x, weights, h, *experts = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        buffers = [_Buffer(call.sink, w) if want else None for w, want in zip(ctx.experts, wanted)]
+        n = call.num_fc1
+        grads = call.backend.backward(
+            dy, x, h, call.plan, weights, per_expert(experts[:n]), per_expert(experts[n:]),
+            clamp=call.clamp, group=call.group, need=call.need,
+            dfc1=_targets(buffers[:n], call.plan), dfc2=_targets(buffers[n:], call.plan),
+        )  # fmt: skip
+        dx = grads.dx if ctx.needs_input_grad[1] else None
+        dweights = grads.dweights.to(weights.dtype) if ctx.needs_input_grad[2] else None
+        return None, dx, dweights, *[None if b is None else b.finish() for b in buffers]
+
+
+class _Buffer:
+    """The tensor one weight's gradient is added to: the sink's, or a fresh one of zeros."""
+
+    def __init__(self, sink: WeightGradSink, weight: Tensor):
+        self.sink, self.weight = sink, weight
+        given = sink.buffer(weight)
+        self.fresh = torch.zeros_like(weight, dtype=reference.wide(weight.dtype)) if given is None else None
+        self.tensor = self.fresh if given is None else given
+
+    def finish(self) -> Tensor | None:
+        return self.sink.finish(self.weight, self.fresh)
+
+
+def _targets(buffers: list[_Buffer | None], plan: RoutingPlan) -> list[Tensor | None]:
+    """One buffer (or None) per local expert."""
+    if len(buffers) == plan.num_local_experts and (buffers[0] is None or buffers[0].tensor.dim() == 2):
+        return [None if b is None else b.tensor for b in buffers]
+    return [None] * plan.num_local_experts if buffers[0] is None else list(buffers[0].tensor.unbind(0))
+
+
+class _Move(torch.autograd.Function):
+    """A linear move of rows whose gradient is its dual move."""
+
+    @staticmethod
+    def forward(ctx, move, dual, values: Tensor, plan: RoutingPlan, group) -> Tensor:
+        ctx.dual, ctx.plan, ctx.group = dual, plan, group
+        return move(values, plan, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return None, None, ctx.dual(grad, ctx.plan, ctx.group), None, None
+
+
+def dispatch(x_TH: Tensor, plan: RoutingPlan, group: dist.ProcessGroup | None) -> Tensor:
+    """`[T,H]` -> `[M,H]`, differentiable; padding rows zero. Collective, in backward too."""
+    return _Move.apply(reference.dispatch, reference.combine, x_TH, plan, group)
+
+
+def combine(rows_MH: Tensor, plan: RoutingPlan, group: dist.ProcessGroup | None) -> Tensor:
+    """`[M,H]` -> `[T,H]`, the plain sum over k, differentiable. Collective, in backward too."""
+    return _Move.apply(reference.combine, reference.dispatch, rows_MH, plan, group)
+
+
+def dispatch_weights(weights_TK: Tensor, plan: RoutingPlan, group: dist.ProcessGroup | None) -> Tensor:
+    """`[T,K]` -> `[M]`, differentiable; padding zero. Collective, in backward too."""
+    return _Move.apply(reference.dispatch_weights, reference.combine_weights, weights_TK, plan, group)

@@ -1,0 +1,71 @@
+"""What `moe` accepts. Every error names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def as_tuple(name: str, weight: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A stack `[L, a, b]` as a tuple of one, or L tensors `[a, b]` as a tuple of L. Raises ValueError for other shapes."""
+    if isinstance(weight, Tensor):
+        if weight.dim() != 3 or weight.shape[0] < 1:
+            raise ValueError(f"{name}: got shape {tuple(weight.shape)}; allowed: [L, rows, columns] or L tensors")
+        return (weight,)
+    experts = tuple(weight)
+    if not experts or not all(isinstance(expert, Tensor) and expert.dim() == 2 for expert in experts):
+        got = [tuple(expert.shape) if isinstance(expert, Tensor) else type(expert).__name__ for expert in experts]
+        raise ValueError(f"{name}: got a sequence of {got}; allowed: one tensor [L, rows, columns] or L 2-D tensors")
+    return experts
+
+
+def num_experts_of(experts: tuple[Tensor, ...]) -> int:
+    """L: how many local experts the tuple of `as_tuple` holds."""
+    return experts[0].shape[0] if experts[0].dim() == 3 else len(experts)
+
+
+def check_call(x: Tensor, topk_ids: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...]) -> None:
+    """Shapes, dtypes and devices of one call. Raises ValueError."""
+    if x.dim() != 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}; allowed: [T, H]")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x: got dtype {x.dtype}; allowed: {_names(FLOATS)}")
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
+        raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}; allowed: [T, K] with T = {x.shape[0]} as in x")
+    if weights.shape != topk_ids.shape:
+        allowed = f"that of topk_ids, {tuple(topk_ids.shape)}"
+        raise ValueError(f"topk_weights: got shape {tuple(weights.shape)}; allowed: {allowed}")
+    allowed_dtypes = (x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if weights.dtype not in allowed_dtypes:
+        raise ValueError(f"topk_weights: got dtype {weights.dtype}; allowed: {_names(allowed_dtypes)} (x is {x.dtype})")
+    _check_experts(x, fc1, fc2)
+    for name, tensor in (("topk_ids", topk_ids), ("topk_weights", weights)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}; allowed: {x.device}, where x is")
+
+
+def _check_experts(x: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...]) -> None:
+    hidden = x.shape[1]
+    rows = fc1[0].shape[-2]
+    if num_experts_of(fc1) != num_experts_of(fc2):
+        raise ValueError(f"fc2: got {num_experts_of(fc2)} local experts; allowed: {num_experts_of(fc1)}, as many as fc1")
+    if rows % 2 or rows == 0:
+        raise ValueError(f"fc1: got {rows} rows an expert; allowed: 2I, gate rows first, then up")
+    for name, experts, shape in (("fc1", fc1, (rows, hidden)), ("fc2", fc2, (hidden, rows // 2))):
+        for number, expert in enumerate(experts):
+            label = name if expert.dim() == 3 else f"{name}[{number}]"
+            if tuple(expert.shape[-2:]) != shape:
+                allowed = f"{list(shape)} an expert (H = {hidden} as in x, 2I = {rows} as in fc1)"
+                raise ValueError(f"{label}: got shape {tuple(expert.shape)}; allowed: {allowed}")
+            if expert.dtype != x.dtype:
+                raise ValueError(f"{label}: got dtype {expert.dtype}; allowed: {x.dtype}, that of x")
+            if expert.device != x.device:
+                raise ValueError(f"{label}: got device {expert.device}; allowed: {x.device}, where x is")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))

@@ -1,0 +1,67 @@
+"""MegaMoE: the experts of one MoE layer as an nn.Module. The router is the caller's."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import comm
+from .config import MegaMoEConfig
+from .functional import moe
+
+
+class MegaMoE(nn.Module):
+    """Owns this rank's expert weights and calls `moe`.
+
+    Parameters: `fc1 [L, 2I, H]` (gate rows first, then up) and `fc2 [L, H, I]`. They belong to this rank: a
+    data-parallel wrapper must not average them over the expert-parallel group.
+
+    Initialised from N(0, 1/fan_in), each expert from its own seed, drawn from torch's default generator and the global
+    expert number: with equal seeds on all ranks, expert e starts equal whatever the size of the group.
+
+    Raises ValueError where the config is not allowed or its ep_size is not the size of `group`.
+    """
+
+    def __init__(
+        self,
+        config: MegaMoEConfig,
+        group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        config.validate()
+        if config.ep_size != comm.size_of(group):
+            allowed = f"{comm.size_of(group)}, the size of the given group (None: 1)"
+            raise ValueError(f"ep_size: got {config.ep_size}; allowed: {allowed}")
+        self.config, self.group = config, group
+        experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.fc1 = nn.Parameter(torch.empty(experts, 2 * inner, hidden, device=device, dtype=dtype))
+        self.fc2 = nn.Parameter(torch.empty(experts, hidden, inner, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws one number from torch's default generator, then fills both weights (see the class)."""
+        seed = int(torch.randint(2**40, ()))
+        first = comm.rank_in(self.group) * self.config.num_local_experts
+        for e in range(self.config.num_local_experts):
+            generator = torch.Generator().manual_seed(seed + first + e)
+            for weight in (self.fc1[e], self.fc2[e]):
+                values = torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5
+                weight.copy_(values)
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """x `[T,H]`, topk_ids `[T,K]` int (-1 = dropped), topk_weights `[T,K]` -> y `[T,H]`. See `moe`."""
+        config = self.config
+        if topk_ids.shape[-1] != config.top_k:
+            raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}; allowed: [T, {config.top_k}], the config's top_k")
+        return moe(
+            x, topk_ids, topk_weights, self.fc1, self.fc2, clamp=config.clamp, group=self.group,
+            backend=config.backend, recompute=config.recompute,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return str(self.config)

@@ -1,0 +1,101 @@
+"""Real gloo process groups for tests: `run_ranks(fn, world_size, *args)` runs `fn(rank, world_size, *args)` in each rank."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+GRACE_S = 2.0  # after the first failure, before the other ranks are ended
+
+
+class RankFailed(AssertionError):
+    """One rank raised; the message holds its number and its traceback."""
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Runs `fn(rank, world_size, *args)` in `world_size` spawned processes joined by gloo; returns what each returned.
+
+    `fn` must be importable (top level of a module), arguments and results picklable (return numbers, lists or numpy, or
+    tensors: these travel by value). Raises RankFailed for the rank that failed first, TimeoutError after `timeout` seconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="megamoe-ranks-") as folder:
+        store = os.path.join(folder, "store")
+        pipes, workers = [], []
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            call = (fn, rank, world_size, args, store, timeout, sender)
+            worker = context.Process(target=_rank_main, args=call, daemon=True)
+            worker.start()
+            sender.close()
+            pipes.append(receiver)
+            workers.append(worker)
+        try:
+            return _collect(pipes, time.monotonic() + timeout, timeout)
+        finally:
+            _end(workers)
+
+
+def _rank_main(fn: Callable, rank: int, world_size: int, args: tuple, store: str, timeout: float, sender) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import pickle
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        limit = datetime.timedelta(seconds=timeout)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
+        # Plain pickle sends tensors by value: a shared-memory handle would die with this process.
+        answer = (True, time.monotonic(), pickle.dumps(fn(rank, world_size, *args)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        answer = (False, time.monotonic(), traceback.format_exc())
+    sender.send(answer)
+    sender.close()
+
+
+def _collect(pipes: list, deadline: float, timeout: float) -> list[Any]:
+    import pickle
+
+    results: dict[int, Any] = {}
+    failures: list[tuple[float, int, str]] = []
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                ok, moment, answer = pipe.recv()
+            except EOFError:
+                ok, moment, answer = False, time.monotonic(), "the process ended without an answer (killed?)"
+            if ok:
+                results[rank] = pickle.loads(answer)
+            else:
+                failures.append((moment, rank, answer))
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    if failures:
+        _, rank, text = min(failures)
+        raise RankFailed(f"rank {rank} of {len(pipes)} failed first:\n{text}")
+    if waiting:
+        raise TimeoutError(f"ranks {sorted(waiting.values())} of {len(pipes)} did not finish within {timeout} s")
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _end(workers: list) -> None:
+    for worker in workers:
+        worker.join(GRACE_S)
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
