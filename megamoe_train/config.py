@@ -89,6 +89,7 @@ class EnvVariable:
 
 # Every MEGAMOE_* variable this project reads, in Python, shell or C++. A test finds names that are missing here.
 ENVIRONMENT = {
+    "MEGAMOE_PYTHON": EnvVariable("", "the Python >= 3.12 that make builds .venv with; empty: the first one found"),
     "MEGAMOE_SKIP_CUDA_BUILD": EnvVariable("0", "1: install without building the CUDA extension"),
     "MEGAMOE_FORCE_CUDA_BUILD": EnvVariable("0", "1: an install that cannot build the CUDA extension fails"),
 }
