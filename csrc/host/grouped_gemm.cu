@@ -1,0 +1,69 @@
+#include "host/grouped_gemm.hpp"
+
+#include <stdexcept>
+#include <string>
+
+#include "host/tensor_map.hpp"
+#include "kernels/grouped_gemm.cuh"
+
+namespace megamoe {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string("megamoe: ") + what + ": " + cudaGetErrorString(error));
+    }
+}
+
+int sm_count() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+    return count;
+}
+
+CUtensorMap map_or_empty(MapKind kind, const void* address, int64_t rows, int64_t cols) {
+    return address == nullptr ? CUtensorMap{} : make_tensor_map(kind, address, rows, cols);
+}
+
+}  // namespace
+
+void run_grouped_gemm(const GroupedGemmArgs& args) {
+    const Gemm gemm = static_cast<Gemm>(args.gemm);
+    const bool is_wgrad = gemm == Gemm::kWgrad;
+    const int64_t rows = args.pool_rows;
+    if (args.num_experts < 1 || args.num_experts > kMaxExperts) {
+        throw std::runtime_error("megamoe: " + std::to_string(args.num_experts) +
+                                 " local experts; allowed are 1 to " + std::to_string(kMaxExperts));
+    }
+    check(cudaMemsetAsync(args.claims, 0, sizeof(int), args.stream), "clearing the work queue");
+    // An empty pool has no tensor map, and no work but the zeros of a first wgrad.
+    if (rows == 0 && !(is_wgrad && !args.accumulate)) return;
+
+    GemmParams params{};
+    if (rows > 0) {
+        params.a = make_tensor_map(is_wgrad ? MapKind::kOperandMN : MapKind::kActivation, args.a, rows, args.a_cols);
+        params.b = map_or_empty(MapKind::kWeightMN, args.b, rows, args.b_cols);
+        params.h = map_or_empty(MapKind::kEpilogueIn, args.h, rows, 2 * int64_t{args.n_extent});
+        params.out = map_or_empty(MapKind::kEpilogueOut, args.out, rows, args.out_cols);
+        params.act = map_or_empty(MapKind::kEpilogueOut, args.act, rows, args.n_extent);
+    }
+    params.expert_maps = static_cast<const CUtensorMap*>(args.expert_maps);
+    params.expert_rows = args.expert_rows;
+    params.expert_offset = args.expert_offset;
+    params.row_weights = args.row_weights;
+    params.dp_partials = args.dp_partials;
+    params.claims = args.claims;
+    params.num_experts = args.num_experts;
+    params.m_extent = args.m_extent;
+    params.n_extent = args.n_extent;
+    params.k_blocks = args.k_extent / kBlockK;
+    params.limit = args.limit;
+    params.accumulate = args.accumulate;
+    params.deadline = {static_cast<unsigned long long>(args.deadline_ns),
+                       static_cast<WaitRecord*>(args.wait_record), 0};
+    check(launch_grouped_gemm(gemm, params, args.num_sms > 0 ? args.num_sms : sm_count(), args.stream),
+          "launching the grouped GEMM");
+}
+
+}  // namespace megamoe

@@ -1,0 +1,11 @@
+#pragma once
+#include <cuda_runtime.h>
+
+#include "roles/gemm_params.cuh"
+
+namespace megamoe {
+
+// Launches one product on `num_sms` SMs (rounded down to whole clusters). params.claims must be zero on the stream.
+cudaError_t launch_grouped_gemm(Gemm gemm, const GemmParams& params, int num_sms, cudaStream_t stream);
+
+}  // namespace megamoe

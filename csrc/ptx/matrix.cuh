@@ -1,0 +1,29 @@
+// ldmatrix / stmatrix: 8x8 blocks of 16-bit elements in the register layout of wgmma accumulators.
+#pragma once
+#include "ptx/barrier.cuh"
+
+namespace megamoe::ptx {
+
+__device__ __forceinline__ void load_matrix_x4(uint32_t address, uint32_t (&value)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value[0]), "=r"(value[1]), "=r"(value[2]), "=r"(value[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_matrix_x4(uint32_t address, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v0), "r"(v1),
+                 "r"(v2), "r"(v3)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_shared_v2(uint32_t address, float v0, float v1) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v0), "f"(v1) : "memory");
+}
+
+// Byte offset of the 16-byte unit `unit` (0..7) of row `row` in a tile of 128-byte rows with the 128-byte swizzle.
+__device__ __forceinline__ uint32_t swizzle_128(uint32_t row, uint32_t unit) {
+    return row * 128 + ((unit ^ (row & 7)) << 4);
+}
+
+}  // namespace megamoe::ptx

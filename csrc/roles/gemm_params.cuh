@@ -1,0 +1,51 @@
+// Which matrix product a unit belongs to, and the tensors of one product.
+#pragma once
+#include <cuda.h>
+
+#include "ptx/wgmma.cuh"
+#include "roles/shared.cuh"
+
+namespace megamoe {
+
+// Letters as in DESIGN section 1; per expert, with its `rows` rows:
+enum class Gemm : int {
+    kFc1,     // [rows, 2I] = x[rows, H] fc1[2I, H]^T    epilogue: h, a = p silu(g')u'
+    kFc2,     // [rows, H]  = a[rows, I] fc2[H, I]^T     epilogue: y rows
+    kDgrad2,  // [rows, I]  = dy[rows, H] fc2[H, I]      epilogue: dh, a again, dp partials
+    kDgrad1,  // [rows, H]  = dh[rows, 2I] fc1[2I, H]    epilogue: dx rows
+    kWgrad,   // [out, in] += dout[rows, out]^T in[rows, in]   epilogue: fp32 add or store
+};
+
+template <Gemm kGemm>
+struct GemmTraits {
+    static constexpr bool kIsWgrad = kGemm == Gemm::kWgrad;
+    static constexpr bool kIsDgrad = kGemm == Gemm::kDgrad2 || kGemm == Gemm::kDgrad1;
+    static constexpr ptx::Major kMajorA = kIsWgrad ? ptx::Major::MN : ptx::Major::K;
+    static constexpr ptx::Major kMajorB = kIsWgrad || kIsDgrad ? ptx::Major::MN : ptx::Major::K;
+    // fc1's B tile is 128 gate rows and the 128 up rows that belong to them: its column tile is 128 of I.
+    static constexpr int kColumns = kGemm == Gemm::kFc1 ? kTileN / 2 : kTileN;
+};
+
+// Tensor maps of the row pools. Which fields a product uses follows from the table above.
+struct GemmParams {
+    CUtensorMap a;         // left operand: a row pool
+    CUtensorMap b;         // wgrad: right operand, a row pool
+    CUtensorMap h;         // dgrad2: h, read by the epilogue
+    CUtensorMap out;       // h (fc1), y rows (fc2), dh (dgrad2), dx rows (dgrad1)
+    CUtensorMap act;       // a (fc1, dgrad2)
+    const CUtensorMap* expert_maps;  // [L] weights, or gradients for wgrad
+    const int* expert_rows;          // [L]
+    const int* expert_offset;        // [L] first row of each expert in the pools
+    const float* row_weights;        // [M] p of each row
+    float* dp_partials;              // [M, n_tiles]
+    int* claims;                     // units handed out; zeroed before the launch
+    int num_experts;
+    int m_extent;     // wgrad: rows of the gradient
+    int n_extent;     // columns of the result (I for fc1 and dgrad2)
+    int k_blocks;     // reduction steps; not for wgrad
+    float limit;      // SwiGLU clamp, +inf when off
+    int accumulate;   // wgrad: add to what is there
+    Deadline deadline;
+};
+
+}  // namespace megamoe

@@ -1,0 +1,96 @@
+// What the warps of a CTA share: the operand ring, the output staging, the queue of units, and their barriers.
+#pragma once
+#include "comm/wait.cuh"
+#include "schedule/grouped.cuh"
+
+namespace megamoe {
+
+constexpr int kStages = 4;
+constexpr int kBytesA = kTileM * kBlockK * 2;
+constexpr int kBytesB = kTileN * kBlockK * 2;
+constexpr int kStageBytes = kBytesA + kBytesB;
+constexpr int kUnitSlots = 4;
+constexpr int kMathWarpgroups = 2;
+constexpr int kMathWarps = 4 * kMathWarpgroups;
+constexpr int kThreads = 128 * (1 + kMathWarpgroups);
+constexpr int kClusterSize = 2;
+constexpr int kChunkRows = 16;                     // rows of a warp in its warpgroup's tile
+constexpr int kChunkBytes = kChunkRows * 128;      // what one TMA store takes: 16 rows of 128 bytes
+constexpr int kStagingChunks = 2;                  // per math warp
+
+// Registers per thread. The launch bound gives 168; the producer warpgroup hands its share to the math warpgroups.
+constexpr int kProducerRegisters = 40;
+constexpr int kMathRegisters = 232;
+static_assert(128 * kProducerRegisters + 128 * kMathWarpgroups * kMathRegisters <= 65536);
+
+// One unit of work as every role of a cluster reads it.
+struct alignas(16) UnitSlot {
+    int expert;     // -1: no more work
+    int m_tile;     // as schedule/grouped.cuh's Unit
+    int n_tile;
+    int n_pair;
+    int row_begin;  // first row of the expert in the row pools
+    int rows;       // rows of the expert
+    int k_blocks;   // steps of the reduction loop
+    int unused;
+};
+static_assert(sizeof(UnitSlot) == 32);
+
+struct alignas(1024) SharedStorage {
+    uint8_t ring[kStages][kStageBytes];
+    uint8_t staging[kMathWarps][kStagingChunks][kChunkBytes];
+    UnitSlot units[kUnitSlots];
+    uint64_t stage_full[kStages];
+    uint64_t stage_free[kStages];
+    uint64_t unit_full[kUnitSlots];
+    uint64_t unit_free[kUnitSlots];
+    int unit_end[kMaxExperts];  // running total of units up to and including expert e (scheduler only)
+};
+static_assert(sizeof(SharedStorage) <= 227 * 1024);
+
+// Position in a ring of kCount slots: index and the parity of the lap.
+template <int kCount>
+struct Cursor {
+    int index = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++index == kCount) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+};
+using StageCursor = Cursor<kStages>;
+using UnitCursor = Cursor<kUnitSlots>;
+
+// By one thread of each CTA, followed by a cluster_sync of all.
+__device__ __forceinline__ void init_barriers(SharedStorage& shared) {
+    for (int i = 0; i < kStages; ++i) {
+        ptx::mbarrier_init(&shared.stage_full[i], 1);
+        // Every math warp of both CTAs: a multicast writes into both.
+        ptx::mbarrier_init(&shared.stage_free[i], kMathWarps * kClusterSize);
+    }
+    for (int i = 0; i < kUnitSlots; ++i) {
+        ptx::mbarrier_init(&shared.unit_full[i], 1);
+        ptx::mbarrier_init(&shared.unit_free[i], (kMathWarps + 1) * kClusterSize);  // math warps and the loader
+    }
+    ptx::fence_mbarrier_init();
+}
+
+// The next unit, read by every thread of the calling warp. The slot is handed back at once.
+__device__ __forceinline__ UnitSlot next_unit(SharedStorage& shared, UnitCursor& cursor, const Deadline& deadline) {
+    wait(&shared.unit_full[cursor.index], cursor.parity, deadline, Waiting::kUnit);
+    const UnitSlot unit = shared.units[cursor.index];
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive_cta(&shared.unit_free[cursor.index], 0);
+    cursor.advance();
+    return unit;
+}
+
+// A warp is done with a stage: tell the loaders of both CTAs.
+__device__ __forceinline__ void release_stage(SharedStorage& shared, int stage) {
+    const int lane = threadIdx.x & 31;
+    if (lane < kClusterSize) ptx::mbarrier_arrive_cta(&shared.stage_free[stage], lane);
+}
+
+}  // namespace megamoe

@@ -1,0 +1,65 @@
+// Which tile next: the order of work of a grouped GEMM, the same code on device, host and in the CPU test.
+//
+// A *unit* is what one cluster of two CTAs does at a time: two neighbouring 128x256 output tiles.
+//   M pair: the CTAs take rows [256i, 256i+128) and [256i+128, 256i+256) and share the B operand.
+//   N pair: the CTAs take two neighbouring column tiles of the same 128 rows and share the A operand. Only an expert's
+//           last 1..128 rows are done so; its rows are then computed at 64-row granularity.
+#pragma once
+
+#ifdef __CUDACC__
+#define MEGAMOE_HD __host__ __device__
+#else
+#define MEGAMOE_HD
+#endif
+
+namespace megamoe {
+
+constexpr int kTileM = 128;
+constexpr int kTileN = 256;
+constexpr int kBlockK = 64;
+constexpr int kWarpgroupM = 64;
+constexpr int kRowTile = 128;       // every expert's segment of a row pool starts at a multiple of this
+constexpr int kRasterPairs = 8;     // M pairs that share a column tile before the next column tile starts
+constexpr int kMaxExperts = 512;    // local experts of one launch
+
+struct Unit {
+    int m_tile;   // first 128-row tile of the unit
+    int n_tile;   // first 256-column tile of the unit
+    bool n_pair;  // the CTAs sit side by side along N (else along M)
+};
+
+MEGAMOE_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Rows of an expert that are done as M pairs, in pairs.
+MEGAMOE_HD constexpr int num_pairs(int rows) {
+    return rows / (2 * kTileM) + (rows % (2 * kTileM) > kTileM ? 1 : 0);
+}
+
+MEGAMOE_HD constexpr bool has_tail(int rows) {
+    return rows % (2 * kTileM) > 0 && rows % (2 * kTileM) <= kTileM;
+}
+
+MEGAMOE_HD constexpr int num_units(int rows, int n_tiles) {
+    return num_pairs(rows) * n_tiles + (has_tail(rows) ? ceil_div(n_tiles, 2) : 0);
+}
+
+// The index-th unit of an expert with `rows` rows. M pairs run fastest inside a group of kRasterPairs, so that a group
+// re-uses each weight tile while it is in L2; the tail comes last.
+MEGAMOE_HD constexpr Unit unit_at(int rows, int n_tiles, int index) {
+    const int pairs = num_pairs(rows);
+    if (index >= pairs * n_tiles) return {2 * pairs, 2 * (index - pairs * n_tiles), true};
+    const int group = index / (kRasterPairs * n_tiles);
+    const int first = group * kRasterPairs;
+    const int width = pairs - first < kRasterPairs ? pairs - first : kRasterPairs;
+    const int inside = index - first * n_tiles;
+    return {2 * (first + inside % width), inside / width, false};
+}
+
+// The tile of CTA `rank` (0 or 1) of a unit.
+MEGAMOE_HD constexpr int m_tile_of(Unit unit, int rank) { return unit.n_pair ? unit.m_tile : unit.m_tile + rank; }
+MEGAMOE_HD constexpr int n_tile_of(Unit unit, int rank) { return unit.n_pair ? unit.n_tile + rank : unit.n_tile; }
+
+// Steps of the reduction loop of a wgrad over an expert's rows.
+MEGAMOE_HD constexpr int wgrad_blocks(int rows) { return ceil_div(rows, kBlockK); }
+
+}  // namespace megamoe
