@@ -1,0 +1,106 @@
+"""`install()`: make `moe_token_dispatcher_type="megamoe"` something Megatron can build.
+
+`MoELayer.__init__` is wrapped once. A layer of another dispatcher type is untouched. In one of ours, Megatron builds
+router, experts and shared experts as always; then the dispatcher is replaced, and experts we know become paired.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import logging
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.utils import log_single_rank
+
+from megamoe_train import backends
+from megamoe_train.config import BACKENDS, RECOMPUTE, check_choice
+from megamoe_train.megatron import cpu, experts, wheel
+from megamoe_train.megatron.dispatcher import MegaMoETokenDispatcher
+from megamoe_train.megatron.validate import validate
+
+NAME = "megamoe"
+EXPERTS = ("paired", "staged")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How the layers built from now on run. Not in TransformerConfig, because checkpoints do not depend on it."""
+
+    backend: str = "auto"  # "auto" | "fused" | "reference"
+    recompute: str | None = None  # "fc1": h is not kept for backward but computed again
+    experts: str = "paired"  # "staged": dispatch and combine around Megatron's own experts, also where we could pair
+
+    def __post_init__(self):
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("recompute", self.recompute, RECOMPUTE)
+        check_choice("experts", self.experts, EXPERTS)
+
+
+_options = Options()
+
+
+def install(**options: str | None) -> None:
+    """Accept "megamoe" as a token dispatcher type, on the command line too. Calling it again changes `options` only.
+
+    Keywords: the fields of `Options`. Raises ValueError for a value that is not allowed.
+    """
+    global _options
+    _options = dataclasses.replace(_options, **options)
+    cpu.apply()
+    wheel.use_shipped_dataset_helper()
+    if not hasattr(MoELayer.__init__, "__megamoe__"):
+        MoELayer.__init__ = _with_megamoe(MoELayer.__init__)
+    if importlib.util.find_spec("megatron.training") is not None:
+        from megamoe_train.megatron import arguments
+
+        arguments.patch_parser()
+
+
+def _with_megamoe(original):
+    """`MoELayer.__init__` that knows one more dispatcher type."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        given = signature.bind(self, *args, **kwargs).arguments
+        config = given["config"]
+        if config.moe_token_dispatcher_type != NAME:
+            return original(self, *args, **kwargs)
+        validate(config, experts="staged")  # what no experts module can do; the rest when its class is known
+        backends.resolve(_options.backend)
+        config.moe_token_dispatcher_type = "alltoall"  # the nearest of the types that the original can build
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            config.moe_token_dispatcher_type = NAME
+        _take_over(self, given.get("pg_collection") or get_default_pg_collection())
+
+    init.__megamoe__ = True
+    return init
+
+
+def _take_over(layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
+    """Our dispatcher, and our experts where we know Megatron's."""
+    paired = _options.experts == "paired" and experts.can_pair(layer.experts)
+    layer.token_dispatcher = MegaMoETokenDispatcher(
+        layer.num_local_experts, layer.local_expert_indices, layer.config, pg_collection, paired=paired
+    )
+    _announce(type(layer.experts).__name__, paired, _options)
+    # SequentialMLP keeps a copy of the config where ffn_hidden_size differs; it was taken under the borrowed name.
+    layer.experts.config.moe_token_dispatcher_type = NAME
+    if paired:
+        validate(layer.config)
+        experts.pair(layer.experts, backend=_options.backend, recompute=_options.recompute)
+
+
+@functools.cache
+def _announce(experts_name: str, paired: bool, options: Options) -> None:
+    """Once: what the MoE layers are."""
+    mode = "one call for all experts" if paired else "dispatch and combine around"
+    backend = backends.resolve(options.backend)
+    log_single_rank(logger, logging.INFO, f"megamoe: {mode} {experts_name}, backend {backend}")
