@@ -95,7 +95,7 @@ def _validating(original):
     def validate_args(args, *more, **kwargs):
         result = original(args, *more, **kwargs)
         if args.num_experts and args.moe_token_dispatcher_type == NAME:
-            validate(*_configs(args), experts=args.megamoe_experts)
+            validate(*_configs(args), experts=args.megamoe_experts, backend=args.megamoe_backend)
         return result
 
     return validate_args

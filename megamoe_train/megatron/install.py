@@ -94,7 +94,7 @@ def _take_over(layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
     # SequentialMLP keeps a copy of the config where ffn_hidden_size differs; it was taken under the borrowed name.
     layer.experts.config.moe_token_dispatcher_type = NAME
     if paired:
-        validate(layer.config)
+        validate(layer.config, backend=_options.backend)
         experts.pair(layer.experts, backend=_options.backend, recompute=_options.recompute)
 
 

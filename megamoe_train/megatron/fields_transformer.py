@@ -1,0 +1,212 @@
+"""TransformerConfig and MLATransformerConfig of megatron-core 0.19.2 outside the MoE layer. See fields.py.
+
+The MoE fields, and those that change what an expert computes, are in fields_moe.py.
+"""
+
+from megamoe_train.megatron.fields import TRUE, but, irrelevant, refuse, supported
+
+_ATTENTION = "attention, before the MoE layer"
+_DSA = "sparse attention's indexer"
+_LINEAR = "linear attention"
+_MAMBA = "Mamba layers"
+_MLA = "latent attention, before the MoE layer"
+_PIPELINE = "which stage holds which layers"
+_NORM = "norms, before the MoE layer"
+_INIT = "values that Megatron's own classes write into the weights"
+_MUP = (
+    "scales initialisation, learning rates, attention and logits; expert weights are initialised by Megatron's classes"
+)
+_INFERENCE = "Megatron's inference engine; not read in training"
+_INFERENCE_IMPL = "read only with transformer_impl='inference_optimized', which is refused"
+_FP8 = "read only with fp8, which is refused"
+_FP4 = "read only with fp4, which is refused"
+_GRAPH = "read only while a CUDA graph is captured; which may be captured is judged at cuda_graph_modules"
+_OFFLOAD = "tuning of activation offloading outside the experts; what may be offloaded is judged at offload_modules"
+_FUSION = "a fusion outside the experts"
+
+RULES = {
+    # model architecture
+    "num_layers": irrelevant("depth"),
+    "mtp_num_layers": supported("MTP layers hold ordinary MoE layers"),
+    "mtp_loss_scaling_factor": irrelevant("the loss"),
+    "mtp_use_repeated_layer": supported("a layer called several times adds each call's gradient to main_grad"),
+    "mtp_detach_heads": irrelevant("cuts the graph before the MTP layers"),
+    "mtp_hybrid_override_pattern": irrelevant("layer pattern of old hybrid checkpoints"),
+    "num_layers_in_first_pipeline_stage": irrelevant(_PIPELINE),
+    "num_layers_in_last_pipeline_stage": irrelevant(_PIPELINE),
+    "pipeline_model_parallel_layout": irrelevant(_PIPELINE),
+    "account_for_embedding_in_pipeline_split": irrelevant(_PIPELINE),
+    "account_for_loss_in_pipeline_split": irrelevant(_PIPELINE),
+    "num_attention_heads": irrelevant(_ATTENTION),
+    "attention_backend": irrelevant(_ATTENTION),
+    "flash_attention_version": irrelevant(_ATTENTION),
+    "softmax_scale": irrelevant(_ATTENTION),
+    "softmax_type": irrelevant(_ATTENTION),
+    "num_query_groups": irrelevant(_ATTENTION),
+    "ffn_hidden_size": irrelevant("dense layers; experts use moe_ffn_hidden_size, which defaults to it"),
+    "kv_channels": irrelevant(_ATTENTION),
+    "hidden_dropout": irrelevant("applied to the layer's output"),
+    "attention_dropout": irrelevant(_ATTENTION),
+    "fp32_residual_connection": irrelevant("the residual stream; it is added after the MoE layer"),
+    "apply_residual_connection_post_layernorm": irrelevant("the residual stream; it is added after the MoE layer"),
+    "layernorm_epsilon": irrelevant(_NORM),
+    "layernorm_zero_centered_gamma": irrelevant(_NORM),
+    "add_qkv_bias": irrelevant(_ATTENTION),
+    "rotary_interleaved": irrelevant(_ATTENTION),
+    "window_size": irrelevant(_ATTENTION),
+    "window_attn_skip_freq": irrelevant(_ATTENTION),
+    "normalization": irrelevant(_NORM),
+    "qk_layernorm": irrelevant(_ATTENTION),
+    "qk_l2_norm": irrelevant(_ATTENTION),
+    "qk_clip": irrelevant(_ATTENTION),
+    "qk_clip_alpha": irrelevant(_ATTENTION),
+    "qk_clip_threshold": irrelevant(_ATTENTION),
+    "log_max_attention_logit": irrelevant(_ATTENTION),
+    "attention_output_gate": irrelevant(_ATTENTION),
+    "test_mode": irrelevant(_ATTENTION),
+    "calculate_per_token_loss": irrelevant("scales the loss, and the router's aux losses in Megatron's router"),
+    "multi_latent_attention": irrelevant(_ATTENTION),
+    "no_rope_freq": irrelevant(_ATTENTION),
+    "experimental_attention_variant": irrelevant(_ATTENTION),
+    "experimental_attention_variant_loss_scale_func": irrelevant(_ATTENTION),
+    "dsa_indexer_n_heads": irrelevant(_DSA),
+    "dsa_indexer_head_dim": irrelevant(_DSA),
+    "dsa_indexer_topk": irrelevant(_DSA),
+    "dsa_indexer_topk_freq": irrelevant(_DSA),
+    "dsa_indexer_skip_topk_offset": irrelevant(_DSA),
+    "dsa_indexer_loss_coeff": irrelevant(_DSA),
+    "dsa_indexer_use_sparse_loss": irrelevant(_DSA),
+    "dsa_kernel_backend": irrelevant(_DSA),
+    "dsa_indexer_rope_interleaved": irrelevant(_DSA),
+    "dsa_indexer_rotate_activation": irrelevant(_DSA),
+    "dsa_indexer_scoring_relu": irrelevant(_DSA),
+    "dsa_indexer_k_norm_epsilon": irrelevant(_DSA),
+    "dsa_indexer_k_norm_fp32": irrelevant(_DSA),
+    "linear_attention_freq": irrelevant(_LINEAR),
+    "linear_conv_kernel_dim": irrelevant(_LINEAR),
+    "linear_key_head_dim": irrelevant(_LINEAR),
+    "linear_value_head_dim": irrelevant(_LINEAR),
+    "linear_num_key_heads": irrelevant(_LINEAR),
+    "linear_num_value_heads": irrelevant(_LINEAR),
+    # initialisation
+    "init_method": supported(_INIT),
+    "output_layer_init_method": supported(_INIT),
+    "init_method_std": supported(_INIT),
+    "embedding_init_method": irrelevant("the embedding"),
+    "embedding_init_method_std": irrelevant("the embedding"),
+    "init_model_with_meta_device": refuse(
+        "works only with FSDP, which shards the expert weights",
+        TRUE,
+        "unset init_model_with_meta_device and use the distributed optimizer (use_distributed_optimizer=True)",
+    ),
+    "use_mup": irrelevant(_MUP),
+    "mup_width_mult": irrelevant(_MUP),
+    "mup_base_hidden_size": irrelevant(_MUP),
+    "mup_embedding_mult": irrelevant(_MUP),
+    "mup_output_mult": irrelevant(_MUP),
+    "mup_base_head_dim": irrelevant(_MUP),
+    "mup_attn_scale_power": irrelevant(_MUP),
+    # precision and fusion
+    "apply_query_key_layer_scaling": irrelevant(_ATTENTION),
+    "attention_softmax_in_fp32": irrelevant(_ATTENTION),
+    "disable_bf16_reduced_precision_matmul": irrelevant("a cuBLAS switch; the expert kernels always sum in fp32"),
+    "masked_softmax_fusion": irrelevant(_ATTENTION),
+    "persist_layer_norm": irrelevant(_NORM),
+    "memory_efficient_layer_norm": irrelevant(_NORM),
+    "bias_dropout_fusion": irrelevant(_FUSION),
+    "apply_rope_fusion": irrelevant(_ATTENTION),
+    "fused_single_qkv_rope": irrelevant(_ATTENTION),
+    "fused_residual_rmsnorm": irrelevant(_NORM),
+    # FP8, FP4, quantisation: fp8 and fp4 themselves are in fields_moe.py
+    "fp8_recipe": irrelevant(_FP8),
+    "fp8_param": irrelevant(_FP8),
+    "fp8_quantizer_factory": irrelevant(_FP8),
+    "fp8_margin": irrelevant(_FP8),
+    "fp8_interval": irrelevant(_FP8),
+    "fp8_amax_history_len": irrelevant(_FP8),
+    "fp8_amax_compute_algo": irrelevant(_FP8),
+    "fp8_wgrad": irrelevant(_FP8),
+    "fp8_output_proj": irrelevant(_FP8),
+    "fp8_dot_product_attention": irrelevant(_FP8),
+    "fp8_multi_head_attention": irrelevant(_FP8),
+    "tp_only_amax_red": irrelevant(_FP8),
+    "first_last_layers_bf16": irrelevant(_FP8),
+    "num_layers_at_start_in_bf16": irrelevant(_FP8),
+    "num_layers_at_end_in_bf16": irrelevant(_FP8),
+    "use_kitchen_attention": irrelevant("read only with use_kitchen, which is refused"),
+    "kitchen_attention_backend": irrelevant("read only with use_kitchen, which is refused"),
+    "fp4_recipe": irrelevant(_FP4),
+    "fp4_param": irrelevant(_FP4),
+    "fp4_quantizer_factory": irrelevant(_FP4),
+    # context parallelism and CUDA graphs; cuda_graph_impl and cuda_graph_modules are in fields_moe.py
+    "cp_comm_type": irrelevant(_ATTENTION),
+    "enable_cuda_graph": irrelevant(
+        "deprecated: Megatron turns it into cuda_graph_impl='local', which is judged there"
+    ),
+    "external_cuda_graph": irrelevant("deprecated: Megatron turns it into cuda_graph_impl, which is judged there"),
+    "cuda_graph_scope": irrelevant("deprecated: Megatron turns it into cuda_graph_modules, which is judged there"),
+    "cuda_graph_use_single_mempool": irrelevant(_GRAPH),
+    "cuda_graph_retain_backward_graph": irrelevant(_GRAPH),
+    "cuda_graph_warmup_steps": irrelevant(_GRAPH),
+    "inference_cuda_graph_scope": irrelevant(_INFERENCE),
+    # miscellaneous
+    "clone_scatter_output_in_embedding": irrelevant("the embedding"),
+    "disable_parameter_transpose_cache": irrelevant("TransformerEngine's FP8 weight transposes; fp8 is refused"),
+    "config_logger_dir": irrelevant("where Megatron writes its configs"),
+    "flash_decode": irrelevant(_INFERENCE),
+    "inference_rng_tracker": irrelevant(_INFERENCE),
+    "inference_sampling_seed": irrelevant(_INFERENCE),
+    "symmetric_ar_type": irrelevant("tensor-parallel all-reduce in inference"),
+    "nccl_all_reduce_for_prefill": irrelevant(_INFERENCE),
+    "use_inference_optimized_layers": irrelevant("Megatron 0.19.2 does not read it"),
+    "inference_fuse_tp_communication": irrelevant(_INFERENCE_IMPL),
+    "inference_disable_triton_nvls_kernels": irrelevant(_INFERENCE_IMPL),
+    "inference_grouped_gemm_backend": irrelevant(_INFERENCE_IMPL),
+    "inference_moe_disable_fused_quant_kernels": irrelevant(_INFERENCE_IMPL),
+    "inference_moe_token_dispatcher_type": irrelevant(_INFERENCE_IMPL),
+    "mrope_section": irrelevant(_ATTENTION),
+    "is_hybrid_model": supported("hybrid models hold ordinary MoE layers"),
+    "mamba_state_dim": irrelevant(_MAMBA),
+    "mamba_head_dim": irrelevant(_MAMBA),
+    "mamba_num_groups": irrelevant(_MAMBA),
+    "mamba_num_heads": irrelevant(_MAMBA),
+    "mamba_training_ssm_states_dtype": irrelevant(_MAMBA),
+    "use_mamba_mem_eff_path": irrelevant(_MAMBA),
+    "mlp_chunks_for_prefill": irrelevant(_INFERENCE),
+    "mlp_chunks_for_training": supported("each chunk of the sequence is a call of its own"),
+    "heterogeneous_block_specs": refuse(
+        "each layer gets a config of its own, which is made after this check",
+        TRUE,
+        "use TransformerConfig, not HeterogeneousTransformerConfig",
+    ),
+    "hetereogenous_dist_checkpoint": irrelevant("checkpoint layout of heterogeneous layers"),
+    "transformer_impl": refuse(
+        "inference_optimized swaps the dispatcher and the experts for inference-only ones",
+        but("local", "transformer_engine"),
+        "set transformer_impl='transformer_engine' or 'local'",
+    ),
+    # activation offloading; offload_modules is in fields_moe.py
+    "fine_grained_activation_offloading": supported("outside the experts; offload_modules names what"),
+    "min_offloaded_tensor_size": irrelevant(_OFFLOAD),
+    "delay_offload_until_cuda_graph": irrelevant(_OFFLOAD),
+    "delta_offload_bytes_across_pp_ranks": irrelevant(_OFFLOAD),
+    "activation_offload_fraction": irrelevant(_OFFLOAD),
+    "fine_grained_offloading_max_inflight_offloads": irrelevant(_OFFLOAD),
+    # MLATransformerConfig
+    "q_lora_rank": irrelevant(_MLA),
+    "kv_lora_rank": irrelevant(_MLA),
+    "qk_head_dim": irrelevant(_MLA),
+    "qk_pos_emb_head_dim": irrelevant(_MLA),
+    "v_head_dim": irrelevant(_MLA),
+    "rope_type": irrelevant(_MLA),
+    "rotary_base": irrelevant(_MLA),
+    "rotary_percent": irrelevant(_MLA),
+    "rotary_scaling_factor": irrelevant(_MLA),
+    "original_max_position_embeddings": irrelevant(_MLA),
+    "beta_fast": irrelevant(_MLA),
+    "beta_slow": irrelevant(_MLA),
+    "mscale": irrelevant(_MLA),
+    "mscale_all_dim": irrelevant(_MLA),
+    "cache_mla_latents": irrelevant(_INFERENCE),
+    "mla_down_proj_fusion": irrelevant(_MLA),
+}
