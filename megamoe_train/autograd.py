@@ -1,7 +1,7 @@
 """What autograd keeps and what it runs: the one Function of the fused call, and the two halves of the staged one.
 
-Kept for backward: x, the weights p, h (unless it is recomputed), the experts' weights and the plan. Never the dispatched
-x, never a, never fc2's output. Every rank of the group must call backward once for every forward.
+Kept for backward: x, the weights p, h (unless it is recomputed), the experts' weights and the plan. Never the
+dispatched x, never a, never fc2's output. Every rank of the group must call backward once for every forward.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ class MoE(torch.autograd.Function):
         call: Call = ctx.call
         x, weights, h, *experts = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        buffers = [_Buffer(call.sink, w) if want else None for w, want in zip(ctx.experts, wanted)]
+        buffers = [_Buffer(call.sink, w) if want else None for w, want in zip(ctx.experts, wanted, strict=True)]
         n = call.num_fc1
         grads = call.backend.backward(
             dy, x, h, call.plan, weights, per_expert(experts[:n]), per_expert(experts[n:]),
             clamp=call.clamp, group=call.group, need=call.need,
-            dfc1=_targets(buffers[:n], call.plan), dfc2=_targets(buffers[n:], call.plan),
+            dfc1=_targets(ctx.experts[:n], buffers[:n]), dfc2=_targets(ctx.experts[n:], buffers[n:]),
         )  # fmt: skip
         dx = grads.dx if ctx.needs_input_grad[1] else None
         dweights = grads.dweights.to(weights.dtype) if ctx.needs_input_grad[2] else None
@@ -101,11 +101,12 @@ class _Buffer:
         return self.sink.finish(self.weight, self.fresh)
 
 
-def _targets(buffers: list[_Buffer | None], plan: RoutingPlan) -> list[Tensor | None]:
-    """One buffer (or None) per local expert."""
-    if len(buffers) == plan.num_local_experts and (buffers[0] is None or buffers[0].tensor.dim() == 2):
-        return [None if b is None else b.tensor for b in buffers]
-    return [None] * plan.num_local_experts if buffers[0] is None else list(buffers[0].tensor.unbind(0))
+def _targets(weights: tuple[Tensor, ...], buffers: list[_Buffer | None]) -> list[Tensor | None]:
+    """One buffer (or None) per local expert, for weights given as one stack or one tensor an expert."""
+    if weights[0].dim() == 2:
+        return [None if buffer is None else buffer.tensor for buffer in buffers]
+    (buffer,) = buffers
+    return [None] * weights[0].shape[0] if buffer is None else list(buffer.tensor.unbind(0))
 
 
 class _Move(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Which implementation serves a call. "reference" is plain torch; "fused" is the CUDA extension, once it registers here.
+"""Which implementation serves a call: "reference" is plain torch, "fused" the CUDA extension, once it registers here.
 
 "auto" is the reference on CPU tensors and the fused kernels on CUDA tensors. It never puts CUDA tensors on the
 reference by itself: it says what is missing, and that backend="reference" exists.
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import reference
+from . import extension, reference
 from .config import BACKENDS, check_choice
 from .plan import RoutingPlan
 
@@ -80,12 +80,13 @@ def choose(backend: str, device_type: str) -> Choice:
     if device_type != "cuda":
         if backend == "auto":
             return Choice("reference", f'"auto" on {device_type} tensors is the plain torch reference')
-        return Choice(None, f'backend="fused" runs on CUDA tensors; these are on {device_type}. Use backend="reference"')
+        return Choice(
+            None, f'backend="fused" runs on CUDA tensors, not on {device_type}; use backend="reference" there'
+        )
     if "fused" in _BACKENDS:
-        return Choice("fused", "the CUDA extension is loaded")
-    missing = "the fused CUDA kernels are not available: no CUDA extension of megamoe_train is loaded"
-    advice = 'run `python -m megamoe_train.doctor` to see why. backend="reference" (plain torch, slow) must be asked for'
-    return Choice(None, f'backend="{backend}" on CUDA tensors: {missing}; {advice}')
+        return Choice("fused", "the CUDA extension is loaded and serves CUDA tensors")
+    advice = '`python -m megamoe_train.doctor` shows more; backend="reference" (plain torch, slow) runs if asked for'
+    return Choice(None, f'backend="{backend}" on CUDA tensors: {extension.fused_missing()}; {advice}')
 
 
 def resolve(backend: str, *tensors: Tensor) -> str:

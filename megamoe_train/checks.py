@@ -11,7 +11,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def as_tuple(name: str, weight: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A stack `[L, a, b]` as a tuple of one, or L tensors `[a, b]` as a tuple of L. Raises ValueError for other shapes."""
+    """A stack `[L, a, b]` as a tuple of one, or L tensors `[a, b]` as a tuple of L. Raises ValueError for others."""
     if isinstance(weight, Tensor):
         if weight.dim() != 3 or weight.shape[0] < 1:
             raise ValueError(f"{name}: got shape {tuple(weight.shape)}; allowed: [L, rows, columns] or L tensors")
@@ -52,7 +52,7 @@ def _check_experts(x: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...]) 
     hidden = x.shape[1]
     rows = fc1[0].shape[-2]
     if num_experts_of(fc1) != num_experts_of(fc2):
-        raise ValueError(f"fc2: got {num_experts_of(fc2)} local experts; allowed: {num_experts_of(fc1)}, as many as fc1")
+        raise ValueError(f"fc2: got {num_experts_of(fc2)} experts; allowed: {num_experts_of(fc1)}, as many as fc1")
     if rows % 2 or rows == 0:
         raise ValueError(f"fc1: got {rows} rows an expert; allowed: 2I, gate rows first, then up")
     for name, experts, shape in (("fc1", fc1, (rows, hidden)), ("fc2", fc2, (hidden, rows // 2))):

@@ -1,4 +1,4 @@
-"""The three things the plan and the reference ask of a process group. `group=None` is a group of one: no call is made."""
+"""What the plan and the reference ask of a process group. `group=None` is a group of one: no call is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rank_in(group: dist.ProcessGroup | None) -> int:
         return 0
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError("group: this process is not a member of the given process group; allowed: None or its own group")
+        raise ValueError("group: this process is not a member of the one given; allowed: None or a group it is in")
     return rank
 
 

@@ -56,8 +56,9 @@ class MegaMoE(nn.Module):
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """x `[T,H]`, topk_ids `[T,K]` int (-1 = dropped), topk_weights `[T,K]` -> y `[T,H]`. See `moe`."""
         config = self.config
-        if topk_ids.shape[-1] != config.top_k:
-            raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}; allowed: [T, {config.top_k}], the config's top_k")
+        for name, tensor, width in (("x", x, config.hidden_size), ("topk_ids", topk_ids, config.top_k)):
+            if tensor.dim() != 2 or tensor.shape[1] != width:
+                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; allowed: [T, {width}], as in the config")
         return moe(
             x, topk_ids, topk_weights, self.fc1, self.fc2, clamp=config.clamp, group=self.group,
             backend=config.backend, recompute=config.recompute,

@@ -1,8 +1,8 @@
 """RoutingPlan: which row of which rank every routed slot becomes. The torch twin of the plan kernel.
 
-A stable counting sort, made of prefix sums only, so that equal ids give equal bits on any number of processes and threads.
-The rows of an expert lie on the rank that owns it, in the order (source rank, token, k), and every expert's segment
-begins at a multiple of ROW_TILE rows.
+A stable counting sort, made of prefix sums only, so that equal ids give equal bits on any number of processes and
+threads. The rows of an expert lie on the rank that owns it, in the order (source rank, token, k), and every expert's
+segment begins at a multiple of ROW_TILE rows.
 
 Letters: T tokens on this rank, K experts per token, E experts in all, R ranks, L = E/R local experts, M rows held by
 this rank's experts (segments padded to ROW_TILE). A *slot* is one (token, k); its flat number is `t * K + k`.
@@ -60,7 +60,8 @@ class RoutingPlan:
     @cached_property
     def segments(self) -> list[tuple[int, int]]:
         """(first row, end of the rows that hold a token) of each local expert."""
-        return [(start, start + rows) for start, rows in zip(self.expert_offset.tolist(), self.expert_rows.tolist())]
+        starts = self.expert_offset[:-1]
+        return list(zip(starts.tolist(), (starts + self.expert_rows).tolist(), strict=True))
 
     @cached_property
     def rows(self) -> Tensor:
@@ -151,7 +152,7 @@ def plans_of(topk_ids_per_rank: list[Tensor], num_experts: int) -> list[RoutingP
 
 
 def _assemble(rank: int, ids: Tensor, by_expert: Tensor, counts: Tensor, codes: Tensor) -> RoutingPlan:
-    """`by_expert`: this rank's kept slots, expert by expert; `codes`: what arrived, source by source, expert by expert."""
+    """`by_expert`: this rank's kept slots, expert by expert; `codes`: those that arrived, source by source."""
     ranks, num_experts = counts.shape
     offsets = segment_offsets(counts, ranks)
     # First row of (source rank r, expert e) at e's owner: the segment, then the rows of the sources before r.
@@ -209,7 +210,7 @@ def _check_local(ids: Tensor, num_experts: int, ranks: int) -> None:
     if ids.dtype not in (torch.int16, torch.int32, torch.int64):
         raise ValueError(f"topk_ids: got dtype {ids.dtype}; allowed: int16, int32, int64")
     if num_experts < 1 or num_experts % ranks:
-        raise ValueError(f"num_experts: got {num_experts}; allowed: a positive multiple of the EP group's {ranks} ranks")
+        raise ValueError(f"num_experts: got {num_experts}; allowed: a positive multiple of the {ranks} EP ranks")
 
 
 def _check_everywhere(summaries: list[list[int]]) -> None:
@@ -220,4 +221,5 @@ def _check_everywhere(summaries: list[list[int]]) -> None:
                 raise ValueError(f"{name}: rank {rank} of the EP group has {got}, rank 0 has {first}; they must agree")
         bad = low if low < DROPPED else high
         if bad < DROPPED or bad >= num_experts:
-            raise ValueError(f"topk_ids: got expert {bad} on rank {rank}; allowed: -1 (dropped) and 0..{num_experts - 1}")
+            allowed = f"-1 (dropped) and 0..{num_experts - 1}"
+            raise ValueError(f"topk_ids: got expert {bad} on rank {rank}; allowed: {allowed}")

@@ -10,6 +10,7 @@ Shape suffixes: T tokens, K top-k, H hidden, I expert intermediate, M rows of th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def to_owners(values: Tensor, plan: RoutingPlan, group: Group) -> Tensor:
-    """`values [N, ...]` of this rank's kept slots in `plan.send_slots` order -> `[M, ...]` at the experts; padding zero."""
+    """`values [N, ...]` of the kept slots, in `plan.send_slots` order -> `[M, ...]` at the experts; padding zero."""
     arrived = comm.exchange(values, plan.send_splits, plan.receive_splits, group)
     rows = values.new_zeros((plan.num_rows, *values.shape[1:]))
     return rows.index_copy_(0, plan.receive_rows, arrived)
@@ -52,8 +53,8 @@ def dispatch(x_TH: Tensor, plan: RoutingPlan, group: Group) -> Tensor:
 
 
 def combine(rows_MH: Tensor, plan: RoutingPlan, group: Group) -> Tensor:
-    """The dual of `dispatch`: `[M,H]` -> `[T,H]`, a plain sum over k ascending in fp32 (fp64), rounded once. Collective."""
-    slots_TKH = to_sources(rows_MH, plan, group).view(plan.num_tokens, plan.top_k, -1)
+    """The dual of `dispatch`: `[M,H]` -> `[T,H]`, a sum over k ascending in fp32 (fp64), rounded once. Collective."""
+    slots_TKH = to_sources(rows_MH, plan, group).view(plan.num_tokens, plan.top_k, rows_MH.shape[1])
     y_TH = slots_TKH[:, 0].to(wide(rows_MH.dtype), copy=True)
     for k in range(1, plan.top_k):
         y_TH += slots_TKH[:, k]
@@ -142,11 +143,29 @@ class Grads:
     dfc2: list[Tensor | None] | None  # L of [H, I]
 
 
-@torch.no_grad()
+def _plain(function):
+    """Runs without autograd and outside autocast: the dtypes are the arguments' own."""
+
+    @functools.wraps(function)
+    def call(x: Tensor, *args, **kwargs):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return call
+
+
+@_plain
 def forward(
-    x: Tensor, plan: RoutingPlan, weights: Tensor, fc1: list[Tensor], fc2: list[Tensor], *, clamp: float | None, group: Group
+    x: Tensor,
+    plan: RoutingPlan,
+    weights: Tensor,
+    fc1: list[Tensor],
+    fc2: list[Tensor],
+    *,
+    clamp: float | None,
+    group: Group,
 ) -> tuple[Tensor, Tensor]:
-    """x `[T,H]`, weights `[T,K]`, fc1 L of `[2I,H]`, fc2 L of `[H,I]` -> y `[T,H]`, h `[M,2I]` (dtype of x). Collective."""
+    """x `[T,H]`, weights `[T,K]`, fc1 L of `[2I,H]`, fc2 L of `[H,I]` -> y `[T,H]`, h `[M,2I]`. Collective."""
     p_M = dispatch_weights(weights.to(wide(x.dtype)), plan, group)
     h_M2I = fc1_forward(dispatch(x, plan, group), plan, fc1)
     y_MH = x.new_zeros((plan.num_rows, x.shape[1]))
@@ -157,7 +176,7 @@ def forward(
     return combine(y_MH, plan, group), h_M2I
 
 
-@torch.no_grad()
+@_plain
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -175,8 +194,8 @@ def backward(
 ) -> Grads:
     """Gradients for dy `[T,H]`. Collective: every rank calls it once for every forward, with the same `need`.
 
-    h: what forward returned, or None to compute it again (the same bits). dfc1, dfc2: buffers of the wide type, one per
-    local expert, that are added to (None in a list: no gradient for that expert); without them, fresh ones are returned.
+    h: what forward returned, or None to compute it again (the same bits). dfc1, dfc2: buffers of the wide type, one
+    per local expert, that are added to (None in a list: no gradient for that expert); else fresh ones are returned.
     """
     if need.fc1:
         dfc1 = _zeros_like(fc1) if dfc1 is None else dfc1

@@ -1,4 +1,4 @@
-"""Real gloo process groups for tests: `run_ranks(fn, world_size, *args)` runs `fn(rank, world_size, *args)` in each rank."""
+"""Real gloo process groups for tests: `run_ranks(fn, world_size, *args)` runs `fn` in that many processes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class RankFailed(AssertionError):
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Runs `fn(rank, world_size, *args)` in `world_size` spawned processes joined by gloo; returns what each returned.
 
-    `fn` must be importable (top level of a module), arguments and results picklable (return numbers, lists or numpy, or
-    tensors: these travel by value). Raises RankFailed for the rank that failed first, TimeoutError after `timeout` seconds.
+    `fn` must be importable (top level of a module), arguments and results picklable (tensors
+    travel by value). Raises RankFailed for the rank that failed first, TimeoutError after `timeout` seconds.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="megamoe-ranks-") as folder:
