@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
+import signal
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 GRACE_S = 2.0  # after the first failure, before the other ranks are ended
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+# Ranks are forked by one server per pytest run, which imports these once: seconds less a rank than importing in each.
+# A conftest may add modules, before the first call of run_ranks.
+PRELOAD = ["torch", "torch.distributed"]
 
 
 class RankFailed(AssertionError):
@@ -25,14 +38,15 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     `fn` must be importable (top level of a module), arguments and results picklable (tensors
     travel by value). Raises RankFailed for the rank that failed first, TimeoutError after `timeout` seconds.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="megamoe-ranks-") as folder:
         store = os.path.join(folder, "store")
         pipes, workers = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            call = (fn, rank, world_size, args, store, timeout, sender)
-            worker = context.Process(target=_rank_main, args=call, daemon=True)
+            call = (fn, rank, world_size, args, store, timeout, dict(os.environ), sender)
+            worker = context.Process(target=_rank_main, args=call)  # no daemon: a rank may start processes itself
             worker.start()
             sender.close()
             pipes.append(receiver)
@@ -43,16 +57,16 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
             _end(workers)
 
 
-def _rank_main(fn: Callable, rank: int, world_size: int, args: tuple, store: str, timeout: float, sender) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import pickle
-
-    import torch
-    import torch.distributed as dist
-
+def _rank_main(
+    fn: Callable, rank: int, world_size: int, args: tuple, store: str, timeout: float, environment: dict, sender
+) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives a killed pytest
+    os.environ.clear()  # the server's environment is that of the first call, this one is the caller's
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        limit = datetime.timedelta(seconds=timeout)
+        # A collective that hangs fails first, with a traceback that says where.
+        limit = datetime.timedelta(seconds=0.8 * timeout)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
         # Plain pickle sends tensors by value: a shared-memory handle would die with this process.
         answer = (True, time.monotonic(), pickle.dumps(fn(rank, world_size, *args)))
@@ -62,11 +76,12 @@ def _rank_main(fn: Callable, rank: int, world_size: int, args: tuple, store: str
         answer = (False, time.monotonic(), traceback.format_exc())
     sender.send(answer)
     sender.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if answer[0] else 1)  # interpreter shutdown with torch loaded takes seconds, and nothing is left to do
 
 
 def _collect(pipes: list, deadline: float, timeout: float) -> list[Any]:
-    import pickle
-
     results: dict[int, Any] = {}
     failures: list[tuple[float, int, str]] = []
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
