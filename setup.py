@@ -1,4 +1,4 @@
-"""Builds csrc/ into megamoe_train/_C.so: a plain shared library on torch's stable ABI, loaded by torch.ops.load_library.
+"""Builds csrc/ into megamoe_train/_C.so: a shared library on torch's stable ABI, loaded by torch.ops.load_library.
 
 It knows no Python ABI and links no CUDA driver (entry points come from cudaGetDriverEntryPoint, cudart is static), so
 one build loads under any Python and also where there is no GPU. ninja runs the compilers: in parallel (MAX_JOBS), and
@@ -127,7 +127,8 @@ class BuildKernels(build_ext):
         BUILD.mkdir(parents=True, exist_ok=True)
         (BUILD / "build.ninja").write_text(ninja_file(self.tools))
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        print(f"kernels: nvcc {self.tools.nvcc_release} ({self.tools.nvcc}), {len(SOURCES)} files, {jobs} at a time", flush=True)
+        with_what = f"nvcc {self.tools.nvcc_release} ({self.tools.nvcc})"
+        print(f"kernels: {with_what}, {len(SOURCES)} files, {jobs} at a time", flush=True)
         if subprocess.run([self.tools.ninja, "-C", str(BUILD), f"-j{jobs}"]).returncode:
             sys.exit("kernels: the build failed; the first error stands above")
         for line in compiler_remarks():

@@ -75,7 +75,8 @@ def venv_works() -> bool:
 def make_venv() -> None:
     made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
     if made.returncode:
-        raise BootstrapError(f"{sys.executable} -m venv failed: {(made.stderr or made.stdout).strip().splitlines()[-1]}")
+        said = (made.stderr or made.stdout).strip().splitlines() or ["nothing said why"]
+        raise BootstrapError(f"{sys.executable} -m venv failed: {said[-1]}")
 
 
 def pip_install(*arguments: str, build_kernels: bool = True) -> None:
@@ -86,9 +87,12 @@ def pip_install(*arguments: str, build_kernels: bool = True) -> None:
         environment["MEGAMOE_SKIP_CUDA_BUILD"] = "1"
     command = [str(PYTHON), "-m", "pip", "install", "--no-input", *arguments]
     last = []
-    with LOG.open("a") as log, subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as pip:
+    with (
+        LOG.open("a") as log,
+        subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as pip,
+    ):
         for line in pip.stdout:
             log.write(line)
             last = [*last[-14:], line.rstrip()]
@@ -124,7 +128,7 @@ def build_kernels() -> None:
     if asked.returncode:
         raise BootstrapError(asked.stderr.strip())
     if requirements := asked.stdout.split():
-        print(f"    a GPU or MEGAMOE_FORCE_CUDA_BUILD asks for the kernels: installing {' '.join(requirements)}", flush=True)
+        print(f"    a GPU or MEGAMOE_FORCE_CUDA_BUILD is here: installing {' '.join(requirements)}", flush=True)
         pip_install(*requirements)
     before = EXTENSION.stat().st_mtime if EXTENSION.exists() else None
     if subprocess.run([str(PYTHON), "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT).returncode:

@@ -7,7 +7,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (a build backend is a module with these hooks)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import toolchain  # noqa: E402
+import toolchain
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -69,7 +69,8 @@ def _site_packages() -> list[Path]:
 
 
 def _nvcc_candidates() -> list[tuple[str, Path]]:
-    named = [(name, Path(os.environ[name]) / "bin" / "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    homes = [name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    named = [(name, Path(os.environ[name]) / "bin" / "nvcc") for name in homes]
     on_path = shutil.which("nvcc")
     if on_path:
         named.append(("PATH", Path(on_path)))
@@ -80,7 +81,7 @@ def _nvcc_candidates() -> list[tuple[str, Path]]:
 
 
 def find_nvcc() -> tuple[str, str]:
-    """(path, release) of the first nvcc whose CUDA major release is torch's. Raises ToolchainError saying what was seen."""
+    """(path, release) of the first nvcc of torch's CUDA major release. Raises ToolchainError with what was seen."""
     seen = []
     for origin, nvcc in _nvcc_candidates():
         if not nvcc.exists():
