@@ -1,0 +1,168 @@
+"""One rank of a training job: all checks, then the data, then Megatron's `pretrain()`, then a summary."""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from megamoe_train.training import checkpointing, prepare
+from megamoe_train.training.console import Console
+from megamoe_train.training.request import RECORD, Job, Request, check
+
+USER_ERROR = 2  # exit status of a request that fails a check
+
+
+def run(request: Request, *, verbose: bool) -> int:
+    """Run this rank from its environment (RANK, WORLD_SIZE, LOCAL_RANK). Returns the exit status."""
+    console = Console(verbose=verbose)
+    signal.signal(signal.SIGTERM, _leave)
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        job = check(request, num_ranks)
+        if job.start_step >= job.args.train_iters:
+            if rank == 0:
+                console.say(_nothing_left(job))
+            return 0
+        prepared = _prepare(job, console if rank == 0 else None)
+    except Exception as error:
+        return _fail(error, console, rank)
+    try:
+        return _train(job, prepared, console, rank, num_ranks)
+    except Exception as error:
+        return _crash(error, console, rank)
+
+
+def _leave(number: int, frame) -> None:
+    """Before training there is nothing to save: leave, tidying up on the way."""
+    sys.exit(128 + number)
+
+
+def _fail(error: Exception, console: Console, rank: int) -> int:
+    """A failed check. All ranks fail alike, so the first of each machine speaks."""
+    if not isinstance(error, ValueError | OSError):
+        return _crash(error, console, rank)
+    if os.environ["LOCAL_RANK"] == "0":
+        console.say(f"megamoe_train: error: {error}")
+    return USER_ERROR
+
+
+def _crash(error: Exception, console: Console, rank: int) -> int:
+    """Something nobody foresaw: the end of the traceback, and where the whole log lies."""
+    console.end_progress()
+    traceback.print_exception(error)
+    tail = "".join(traceback.format_exception(error, limit=-4))
+    log = f"\nlog of this rank: {console.log_path}" if console.log_path else ""
+    console.say(f"megamoe_train: rank {rank} failed\n{tail.rstrip()}{log}")
+    return 1
+
+
+def _prepare(job: Job, console: Console | None) -> prepare.Prepared | None:
+    """Tokens of a text source. Every rank calls; the first to arrive works. On failure no empty folder stays."""
+    if job.text_folder is None:
+        return None
+    cache = job.text_folder.parent
+    made = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+    say = console.say if console else lambda text: None
+    try:
+        return prepare.prepare(job.source, job.args.vocab_size, cache, job.args.seq_length + 1, say)
+    except ValueError:
+        (cache / "lock").unlink(missing_ok=True)
+        for folder in made:
+            _remove_if_empty(folder)
+        raise
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # another rank was faster, or somebody keeps files there
+        return
+
+
+def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: int, num_ranks: int) -> int:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.global_vars import set_global_variables
+
+    from megamoe_train.training import data, model
+    from megamoe_train.training.watch import Watch
+
+    out, args = job.request.out, job.args
+    console.open_log(out / "logs" / f"rank{rank}.log")
+    if rank == 0:
+        _record(job)
+        for line in header(job, prepared, num_ranks):
+            console.say(line)
+    watch = Watch(console, out, f"{job.recipe.name} ({args.moe_token_dispatcher_type})", job.start_step)
+    watch.install()
+    set_global_variables(args)
+    if args.exit_signal_handler:
+        # Ctrl-C, where torchrun or srun hands it to the ranks, saves as SIGTERM does.
+        signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
+    begin = time.time()
+    stopped = False
+    try:
+        config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        pretrain(config, data.datasets, ModelType.encoder_or_decoder, model.forward_step)
+    except SystemExit as leaving:  # a signal, --exit-interval or --exit-duration-in-mins, after saving
+        if leaving.code:
+            raise
+        stopped = True
+    console.end_progress()
+    watch.draw()
+    if watch.speaks:
+        for line in watch.summary(out, time.time() - begin, args.train_iters, stopped):
+            console.say(line)
+    return 0
+
+
+def _record(job: Job) -> None:
+    """Write run.json, and mend the checkpoint tracker. By rank 0 alone, before the ranks first meet."""
+    out = job.request.out
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / f"{RECORD}.part"
+    part.write_text(json.dumps(job.record(), indent=1))
+    os.replace(part, out / RECORD)
+    if job.checkpoint:
+        checkpointing.mend_tracker(job.checkpoint)
+
+
+def header(job: Job, prepared: prepare.Prepared | None, num_ranks: int) -> list[str]:
+    """What runs, on what, from where."""
+    import torch
+
+    from megamoe_train import backends
+
+    args = job.args
+    device = f"GPU {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "CPU"
+    ours = args.moe_token_dispatcher_type == "megamoe"
+    backend = f", backend {backends.resolve(args.megamoe_backend)}" if ours else ""
+    lines = [
+        f"recipe {job.recipe.name}: {job.recipe.summary}",
+        *(f"  note: {note}" for note in job.recipe.notes),
+        f"{num_ranks} ranks on {device} over {args.distributed_backend}: expert parallel "
+        f"{args.expert_model_parallel_size}, pipeline {args.pipeline_model_parallel_size}",
+        f"moe dispatcher {args.moe_token_dispatcher_type}{backend}",
+    ]
+    if prepared:
+        lines.append(
+            f"data: {prepared.source}; {prepared.train_tokens:,} tokens to train, {prepared.valid_tokens:,} to validate"
+        )
+    elif job.source:
+        lines.append(f"data: {job.source.name}")
+    lines.append(job.checkpoint.describe() if job.checkpoint else "starting from random weights")
+    lines.append(
+        f"{args.train_iters} steps of {args.global_batch_size} x {args.seq_length} tokens; files in {job.request.out}"
+    )
+    return lines
+
+
+def _nothing_left(job: Job) -> str:
+    return (
+        f"{job.request.out} is already at step {job.start_step} of {job.args.train_iters}; "
+        f"--set train-iters={2 * job.start_step} trains on, --out DIR starts another run"
+    )

@@ -1,0 +1,107 @@
+"""Processes of a job: found (torchrun, srun) or started here (torchrun's agent, one process per GPU, or two without).
+
+Ctrl-C and SIGTERM reach the ranks as SIGTERM, once: Megatron then finishes the step, saves a checkpoint and leaves.
+torchrun's own handling would kill the ranks after 30 s, in the middle of a long save.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import uuid
+
+CPU_RANKS = 2
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
+
+def adopt_rank() -> bool:
+    """Whether this process is one rank of a job that something else started; srun's variables become torchrun's."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return True
+    if "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return False
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+    }
+    os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+    # Two jobs of one user on a node must not meet; Slurm's job numbers differ.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    return True
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
+
+
+def default_ranks(num_gpus: int, most: int | None) -> int:
+    """Processes to start on this machine: one per GPU up to `most`, two where there is no GPU."""
+    ranks = num_gpus or CPU_RANKS
+    return min(ranks, most) if most else ranks
+
+
+def start(arguments: list[str], num_ranks: int) -> int:
+    """Run `python -m megamoe_train.pretrain ARGUMENTS` as `num_ranks` ranks under torchrun's agent.
+
+    Returns the exit status: 0, that of the first rank that failed, or 128 + the signal that stopped the job.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The ranks report their own failures; the agent's table of exit codes would only bury the message.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.2,
+        signals_to_handle="SIGQUIT",  # the others are ours
+    )
+    stopper = _Stopper()
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "megamoe_train.pretrain", *arguments)
+    except ChildFailedError as error:
+        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        return stopper.status or (first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
+    return stopper.status
+
+
+class _Stopper:
+    """Hands the first stop signal to the ranks, and kills them at the second."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame) -> None:
+        again, self.status = bool(self.status), 128 + number
+        message = "killed" if again else "stopping after this step, with a checkpoint; once more to kill"
+        print(f"\nmegamoe_train: {message}", file=sys.stderr, flush=True)
+        for rank in _children():
+            rank.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+
+def _children() -> list:
+    import psutil
+
+    return psutil.Process().children()
+
+
+def follow_parent() -> None:
+    """Send this rank SIGTERM when the process that started it dies, so that no rank trains on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

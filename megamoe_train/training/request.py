@@ -1,0 +1,201 @@
+"""What the user asks for, and every check of it. Nothing here writes a file; a ValueError is the user's to read."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamoe_train import recipes
+from megamoe_train.training import checkpointing, corpus, prepare, settings
+
+RECORD = "run.json"  # in the output folder: what the run was started with
+_OWN_DATA = ("data-path", "data-args-path", "train-data-path", "per-split-data-args-path", "mock-data")
+_TOKENS_PER_READ = 1 << 24
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `megamoe_train.pretrain`."""
+
+    recipe: str
+    out: Path
+    data: tuple[str, ...] = ()
+    text_key: str = "text"
+    data_cache: Path | None = None  # where tokenized text is kept; None means in `out`
+    sets: tuple[str, ...] = ()
+    megatron: tuple[str, ...] = ()  # Megatron arguments, as given after `--`
+
+    def table(self, recipe: recipes.Recipe) -> settings.Settings:
+        """The recipe's arguments with everything that the command line changes. Raises ValueError."""
+        table = settings.from_recipe(recipe.settings)
+        checkpoints = str(self.out / "checkpoints")
+        table |= {"save": [checkpoints], "load": [checkpoints], "tensorboard-dir": [str(self.out / "tensorboard")]}
+        settings.apply_sets(table, self.sets)
+        settings.apply_arguments(table, self.megatron)
+        return table
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request whose checks have passed."""
+
+    request: Request
+    recipe: recipes.Recipe
+    args: Namespace  # Megatron's, validated
+    source: corpus.Source | None  # None: Megatron's own data arguments say it
+    text_folder: Path | None  # where the tokens of a text source lie, or will lie
+    checkpoint: checkpointing.Checkpoint | None
+
+    @property
+    def start_step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def record(self) -> dict:
+        """What is kept in the output folder, so that a resumed run can be compared with the one that began."""
+        return {"recipe": self.recipe.name, "data": self.source and self.source.name, "data-id": _identity(self.source)}
+
+
+def check_early(
+    request: Request, num_ranks: int, num_gpus: int
+) -> tuple[recipes.Recipe, settings.Settings, corpus.Source | None]:
+    """The checks that need neither torch nor Megatron: recipe, layout over ranks, data files. Raises ValueError."""
+    recipe = recipes.find(request.recipe, recipes.World(num_ranks=num_ranks, num_gpus=num_gpus))
+    table = request.table(recipe)
+    settings.check_shape(table, num_ranks)
+    return recipe, table, _find_data(request, table)
+
+
+def check(request: Request, num_ranks: int) -> Job:
+    """Every check. Imports Megatron, and reads a checkpoint's index. Raises ValueError."""
+    import torch
+
+    recipe, table, source = check_early(request, num_ranks, torch.cuda.device_count())
+    for name, value in recipe.env.items():
+        os.environ.setdefault(name, value)
+    folder = _point_to_data(table, source, request)
+    args = _parse(table)
+    if isinstance(source, corpus.TokenFiles):
+        _check_tokens(source, args)
+    checkpoint = checkpointing.find(Path(args.load), args.ckpt_step) if args.load else None
+    if checkpoint:
+        checkpointing.verify(checkpoint, args)
+        _check_same_data(request.out, source)
+    return Job(request, recipe, args, source, folder, checkpoint)
+
+
+def _find_data(request: Request, table: settings.Settings) -> corpus.Source | None:
+    given = [name for name in _OWN_DATA if name in table]
+    if given and request.data:
+        raise ValueError(f"data: --data and --{given[0]} are both given; give one of them")
+    if given:
+        return None
+    source = corpus.find_source(list(request.data), request.text_key)
+    source.check()
+    return source
+
+
+def _point_to_data(table: settings.Settings, source: corpus.Source | None, request: Request) -> Path | None:
+    """Add Megatron's data arguments; returns the folder of a text source's tokens."""
+    cache = request.data_cache or request.out / "data"
+    table.setdefault("data-cache-path", [str(cache / "index")])
+    if isinstance(source, corpus.TokenFiles):
+        table["data-path"] = [str(source.prefix)]
+        table.setdefault("split", ["95,5,0"])
+    if source is None or isinstance(source, corpus.TokenFiles):
+        return None
+    folder = prepare.folder_for(source, settings.integer(table, "vocab-size", 4096), cache)
+    table["train-data-path"], table["valid-data-path"] = [str(folder / "train")], [str(folder / "valid")]
+    return folder
+
+
+def _parse(table: settings.Settings) -> Namespace:
+    """Megatron's parser and validation over the table. Raises ValueError in the place of their exits and asserts."""
+    from megamoe_train.megatron.install import install
+
+    install()
+    from megatron.training import arguments
+
+    def strict(parser: ArgumentParser) -> ArgumentParser:
+        settings.check_known(table, parser._option_string_actions)
+        parser.error = _raise  # argparse would print Megatron's 700 options and exit
+        return parser
+
+    before, sys.argv = sys.argv, [sys.argv[0], *settings.to_arguments(table)]
+    try:
+        with _one_line_errors():
+            args = arguments.parse_args(extra_args_provider=strict)
+            arguments.validate_args(args)
+            arguments.core_transformer_config_from_args(args)
+            _check_backend(args)
+    finally:
+        sys.argv = before
+    return args
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Megatron's asserts, some of them without words, as ValueErrors."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        raise ValueError(f"Megatron refuses these arguments ({where}): {error or place.line}") from error
+
+
+def _check_backend(args: Namespace) -> None:
+    from megamoe_train import backends
+
+    if args.num_experts and args.moe_token_dispatcher_type == "megamoe":
+        backends.resolve(args.megamoe_backend)
+
+
+def _check_tokens(source: corpus.TokenFiles, args: Namespace) -> None:
+    """Raises ValueError where the index is broken, the text too short, or a token outside the vocabulary."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    try:
+        dataset = IndexedDataset(str(source.prefix))
+    except Exception as error:
+        raise ValueError(f"data: {source.prefix}.idx cannot be read: {error}") from error
+    expected = int(dataset.sequence_lengths.sum())
+    tokens = np.memmap(f"{source.prefix}.bin", dtype=dataset.index.dtype, mode="r")
+    if len(tokens) < expected:
+        raise ValueError(f"data: {source.prefix}.bin has {len(tokens)} tokens of {expected} that its index names")
+    least = 20 * (args.seq_length + 1)  # the usual split keeps a twentieth for validation
+    if expected < least:
+        raise ValueError(f"data: {source.prefix}.bin has {expected} tokens; seq-length {args.seq_length} needs {least}")
+    largest = max(int(tokens[at : at + _TOKENS_PER_READ].max()) for at in range(0, expected, _TOKENS_PER_READ))
+    if args.vocab_size is not None and largest >= args.vocab_size:
+        raise ValueError(
+            f"data: {source.prefix}.bin has token {largest}, outside vocab-size {args.vocab_size}; "
+            f"--set vocab-size={largest + 1}"
+        )
+
+
+def _check_same_data(out: Path, source: corpus.Source | None) -> None:
+    """Raises ValueError when the run in `out` was trained on other text: its tokens mean other words."""
+    try:
+        began = json.loads((out / RECORD).read_text())
+    except FileNotFoundError:
+        return
+    if began.get("data-id") != _identity(source):
+        now = source.name if source else "Megatron's data arguments"
+        raise ValueError(
+            f"data: the run in {out} was trained on {began['data']}, not on {now}; --out starts another run"
+        )
+
+
+def _identity(source: corpus.Source | None) -> str | None:
+    return None if source is None else hashlib.sha256(source.fingerprint().encode()).hexdigest()[:16]

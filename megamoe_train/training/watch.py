@@ -1,0 +1,166 @@
+"""Eyes on Megatron's training loop: what it computes each step, shown, kept and drawn.
+
+`pretrain()` offers no callbacks, so five functions of `megatron.training.training` are wrapped: they are called as
+before, with the same arguments, and what they return or are given is read. TensorBoard gets Megatron's own curves
+through Megatron's own writer, and ours beside them.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_args, get_tensorboard_writer, training
+
+from megamoe_train.training.console import Console
+from megamoe_train.training.load import ExpertLoad
+from megamoe_train.training.metrics import Metrics, draw
+
+LOSS = "lm loss"
+
+
+class Watch:
+    """The record of this session. Only the last rank has losses (as in Megatron), so only it writes and speaks."""
+
+    def __init__(self, console: Console, folder: Path, title: str, start_step: int) -> None:
+        self.console = console
+        self.title = title
+        self.picture = folder / "loss.png"
+        self.step = start_step
+        self.start_step = start_step
+        self.saved_step: int | None = None
+        self.seconds = 0.0
+        self.speaks = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        self.metrics = Metrics(folder / "metrics.jsonl", start_step) if self.speaks else None
+        self._load: ExpertLoad | None = None
+        self._evaluated: tuple[int, tuple] | None = None  # step of the last evaluation, and what it returned
+
+    def install(self) -> None:
+        """Wrap Megatron's functions, for this process and for good."""
+        for name in ("train", "train_step", "training_log", "evaluate", "save_checkpoint_and_time"):
+            original = getattr(training, name)
+            wrapper = functools.wraps(original)(functools.partial(getattr(self, f"_{name}"), original))
+            setattr(training, name, wrapper)
+
+    def draw(self) -> None:
+        """Write loss.png."""
+        if self.speaks and self.metrics.steps:
+            draw(self.metrics, self.title, self.picture)
+
+    def summary(self, folder: Path, seconds: float, last_step: int, stopped: bool) -> list[str]:
+        """The end of a session, in a few lines."""
+        steps = self.step - self.start_step
+        how = f"stopped at step {self.step} of {last_step}" if stopped else f"done: {self.step} steps"
+        tokens = steps * get_current_global_batch_size() * get_args().seq_length
+        lines = [f"{how}; this session {steps} steps, {tokens:,} tokens in {seconds / 60:.1f} minutes"]
+        if self.metrics.validations:
+            first, last = self.metrics.validations[0], self.metrics.validations[-1]
+            lines.append(
+                f"validation loss {first['validation_loss']:.4f} (step {first['step']}) -> "
+                f"{last['validation_loss']:.4f} (step {last['step']})"
+            )
+        lines.append(f"loss curve {self.picture}; tensorboard --logdir {folder / 'tensorboard'}")
+        if self.saved_step is not None:
+            lines.append(f"checkpoint of step {self.saved_step} in {get_args().save}")
+        if stopped:
+            lines.append("the same command goes on from there")
+        return lines
+
+    def _train(
+        self, original: Callable, forward_step, model, optimizer, scheduler, train_data, valid_data, *rest, **more
+    ):
+        args = get_args()
+        self._load = ExpertLoad(model, args.num_layers)
+        if args.iteration == 0 and args.do_valid:
+            self._evaluate_first(args, forward_step, model, optimizer, valid_data, *rest)
+        return original(forward_step, model, optimizer, scheduler, train_data, valid_data, *rest, **more)
+
+    def _evaluate_first(self, args, forward_step, model, optimizer, valid_data, process_non_loss, config, *_) -> None:
+        """Megatron evaluates after the first interval at the earliest; the loss before any step is the start point."""
+        gathers = training.should_disable_forward_pre_hook(args)
+        if gathers:  # parameters are in place already; the first gather belongs to train()
+            training.disable_forward_pre_hook(model, param_sync=False)
+        training.evaluate_and_print_results(
+            "iteration 0", forward_step, valid_data, model, 0, process_non_loss, config, write_to_tensorboard=True
+        )
+        if gathers:
+            training.enable_forward_pre_hook(model)
+
+    def _train_step(self, original: Callable, *args, **kwargs):
+        begin = time.perf_counter()
+        result = original(*args, **kwargs)
+        self.seconds = time.perf_counter() - begin
+        return result
+
+    def _training_log(self, original: Callable, losses, total_losses, learning_rate, iteration, *rest, **more):
+        # The positions of 0.19.2: loss scale, memory flag, skipped, gradient norm.
+        grad_norm = rest[3]
+        result = original(losses, total_losses, learning_rate, iteration, *rest, **more)
+        self.step = iteration
+        load = self._load.read()
+        if self.speaks:
+            self._record(get_args(), losses, learning_rate, grad_norm, load)
+        return result
+
+    def _record(self, args, losses, learning_rate, grad_norm, load) -> None:
+        tokens = get_current_global_batch_size() * args.seq_length
+        line = {
+            "step": self.step,
+            "loss": losses[LOSS].item() if LOSS in losses else float("nan"),  # a skipped step has none
+            "lr": learning_rate,
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "tokens_per_s": tokens / self.seconds,
+            "load": [[round(value, 4) for value in layer] for layer in load.values()],
+        }
+        self.metrics.add(line)
+        self._to_tensorboard(line, load)
+        text = describe(line)
+        self.console.progress(self.step, args.train_iters, text)
+        if not self.console.is_terminal and self._is_shown(args):
+            self.console.say(f"step {self.step:>{len(str(args.train_iters))}}/{args.train_iters}  {text}")
+
+    def _is_shown(self, args) -> bool:
+        """A log gets the first steps, every log interval and the last step."""
+        early = self.step - self.start_step <= 3
+        return early or self.step % args.log_interval == 0 or self.step == args.train_iters
+
+    def _to_tensorboard(self, line: dict, load: dict[int, tuple[float, float, float]]) -> None:
+        writer = get_tensorboard_writer()
+        if writer is None:
+            return
+        writer.add_scalar("tokens-per-second", line["tokens_per_s"], self.step)
+        for layer, values in load.items():
+            for name, value in zip(("min", "max", "cv"), values, strict=True):
+                writer.add_scalar(f"expert-load/layer-{layer}-{name}", value, self.step)
+
+    def _evaluate(self, original: Callable, *args, **kwargs):
+        # pretrain() evaluates once more after the last step, on the same weights and, here, on the same samples.
+        if self._evaluated and self._evaluated[0] == self.step:
+            return self._evaluated[1]
+        result = original(*args, **kwargs)
+        self._evaluated = (self.step, result)
+        if self.speaks and result[0]:
+            loss = result[0][LOSS].item()
+            self.metrics.add({"step": self.step, "validation_loss": loss})
+            self.console.say(f"validation loss at step {self.step}: {loss:.4f}")
+            self.draw()
+        return result
+
+    def _save_checkpoint_and_time(self, original: Callable, iteration, *args, **kwargs):
+        result = original(iteration, *args, **kwargs)
+        self.saved_step = iteration
+        if self.speaks:
+            self.console.say(f"checkpoint saved at step {iteration}")
+        return result
+
+
+def describe(line: dict) -> str:
+    """One step as a user reads it."""
+    norm = "-" if line["grad_norm"] is None else f"{line['grad_norm']:.2f}"
+    text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad norm {norm}  {line['tokens_per_s']:,.0f} tokens/s"
+    if line["load"]:
+        least, most, spread = zip(*line["load"], strict=True)
+        text += f"  expert load {min(least):.2f}-{max(most):.2f} cv {max(spread):.2f}"
+    return text
