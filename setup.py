@@ -7,6 +7,7 @@ only what changed. Variables: docs/configuration.md. The metadata is in pyprojec
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -66,14 +67,17 @@ def link_flags(tools: toolchain.Toolchain) -> list[str]:
 
 
 def ninja_file(tools: toolchain.Toolchain) -> str:
-    def escape(text: object) -> str:
+    def command(*words: str) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    def path(text: object) -> str:
         return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = [f"nvcc = {tools.nvcc}", f"flags = {' '.join(compile_flags(tools.torch))}"]
-    lines += [f"ldflags = {' '.join(link_flags(tools))}", NINJA_RULES]
-    objects = [f"{escape(source)}.o" for source in SOURCES]
+    variables = {"nvcc": [tools.nvcc], "flags": compile_flags(tools.torch), "ldflags": link_flags(tools)}
+    lines = [*(f"{name} = {command(*words)}" for name, words in variables.items()), NINJA_RULES]
+    objects = [path(f"{source}.o") for source in SOURCES]
     for source, target in zip(SOURCES, objects, strict=True):
-        lines += [f"build {target}: compile {escape(ROOT / source)}", f"  name = {source}"]
+        lines += [f"build {target}: compile {path(ROOT / source)}", f"  name = {source}"]
     lines += [f"build _C.so: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
@@ -127,12 +131,11 @@ class BuildKernels(build_ext):
         BUILD.mkdir(parents=True, exist_ok=True)
         (BUILD / "build.ninja").write_text(ninja_file(self.tools))
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        with_what = f"nvcc {self.tools.nvcc_release} ({self.tools.nvcc})"
-        print(f"kernels: {with_what}, {len(SOURCES)} files, {jobs} at a time", flush=True)
+        nvcc = f"nvcc {self.tools.nvcc_release} ({self.tools.nvcc})"
+        print(f"kernels: {nvcc}, {len(SOURCES)} files, {jobs} at a time", flush=True)
         if subprocess.run([self.tools.ninja, "-C", str(BUILD), f"-j{jobs}"]).returncode:
             sys.exit("kernels: the build failed; the first error stands above")
-        for line in compiler_remarks():
-            print(f"kernels: {line}", flush=True)
+        print(*(f"kernels: {line}\n" for line in compiler_remarks()), sep="", end="", flush=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(BUILD / "_C.so"), str(target))
