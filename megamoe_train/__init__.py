@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-from .versions import __version__
+from .versions import __version__, check_versions
 
 _HOMES = {
     "MegaMoE": "module",
@@ -24,7 +24,10 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    check_versions(("python", "torch", "megatron-core") if home.startswith("megatron.") else ("python", "torch"))
+    globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

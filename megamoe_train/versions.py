@@ -19,8 +19,6 @@ TESTED = {"python": "3.12", "torch": "2.11", "megatron-core": "0.19.2"}
 # extension can be built on. megatron-core 0.19: the first whose dispatcher and experts have the hooks we implement.
 MINIMUM = {"python": "3.12", "torch": "2.9", "megatron-core": "0.19"}
 
-ALWAYS_NEEDED = ("python", "torch")
-
 
 @dataclass(frozen=True)
 class VersionState:
@@ -57,8 +55,11 @@ def version_state(name: str) -> VersionState:
     return VersionState(name, found, "tested" if _numbers(found)[: len(tested)] == tested else "untested")
 
 
-def check_versions(names: tuple[str, ...] = ALWAYS_NEEDED) -> None:
-    """Warns for a version outside the tested range; raises RuntimeError for one that is missing or cannot work."""
+def check_versions(names: tuple[str, ...] = ("python", "torch")) -> None:
+    """Warns for a version outside the tested range; raises RuntimeError for one that is missing or cannot work.
+
+    names: keys of TESTED. What uses Megatron adds "megatron-core".
+    """
     for state in map(version_state, names):
         if state.state in ("missing", "too old"):
             raise RuntimeError(f"megamoe_train cannot run: {state.describe()}")

@@ -109,8 +109,9 @@ def _collect(pipes: list, deadline: float, timeout: float) -> list[Any]:
 
 
 def _end(workers: list) -> None:
+    """All have answered and are about to exit, or the run has failed."""
     for worker in workers:
-        worker.join(GRACE_S)
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
+        worker.join(0.2)
+        worker.kill()
+    for worker in workers:
+        worker.join()
