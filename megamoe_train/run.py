@@ -12,7 +12,7 @@ USAGE = "usage: python -m megamoe_train.run SCRIPT.py [the script's arguments]"
 
 
 def main(argv: list[str]) -> None:
-    """`argv`: the script, then its arguments. It runs as `__main__`, with its own sys.argv and its folder in sys.path."""
+    """`argv`: the script, then its arguments. It runs as `__main__` with its own sys.argv and sys.path[0]."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\n{USAGE}")
         sys.exit(0 if argv else 2)

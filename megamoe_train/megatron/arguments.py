@@ -126,7 +126,7 @@ def _words_of_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
         with open(path) as file:
             settings = yaml.load(file, _UniqueKeys)
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{CONFIG_OPTION} {path}: {error}") from error
+        raise ValueError(f"{CONFIG_OPTION} {path}: {' '.join(str(error).split())}") from error  # one line
     if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG_OPTION} {path}: got {type(settings).__name__}; allowed: lines of `key: value`")
     return [word for key, value in settings.items() for word in _words(path, str(key), value, parser)]

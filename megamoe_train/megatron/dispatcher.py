@@ -84,7 +84,7 @@ class MegaMoETokenDispatcher(MoETokenDispatcher):
         return rows.index_select(0, plan.rows), weights.index_select(0, plan.rows)
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, RoutingPlan | Tensor, Tensor]:
-        """The experts' three arguments; the middle one is the plan (paired) or each local expert's rows, on the host."""
+        """The experts' three arguments; the middle one is the plan (paired) or the rows of each local expert."""
         plan = self._forward.plan
         return hidden_states, plan if self.paired else plan.expert_rows, probs
 

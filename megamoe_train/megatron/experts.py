@@ -6,12 +6,14 @@ A paired module *is* a SequentialMLP or TEGroupedMLP, parameters adopted in plac
 
 import logging
 
+import torch
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from torch import Tensor, nn
 
 from megamoe_train import functional
 from megamoe_train.megatron.main_grad import MainGradSink
 from megamoe_train.plan import RoutingPlan
+from megamoe_train.reference import wide
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ class MegaMoEExperts:
             wanted = "the RoutingPlan of a paired MegaMoETokenDispatcher"
             raise TypeError(f"{type(self).__name__} takes {wanted}, got {type(plan).__name__}")
         fire_forward_pre_hooks(self)
+        if topk_weights.dtype == torch.float64:  # moe_router_dtype="fp64"; the call computes at most in fp32 then
+            topk_weights = topk_weights.to(wide(hidden_states.dtype))
         fc1, fc2 = self.expert_weights()
         y = functional.moe(
             hidden_states,
