@@ -1,4 +1,4 @@
-"""The six hooks alone: ids from routing maps, the paired mode moves nothing, the staged mode against Megatron's alltoall."""
+"""The six hooks alone: ids from routing maps; the paired mode moves nothing; the staged mode against alltoall."""
 
 from functools import partial
 

@@ -9,12 +9,10 @@ import torch.distributed as dist
 from tests.megatron import layers, rows
 
 
-def same_as_alltoall(
-    folder, ep_size=2, sizes=(12,), order=None, batch=1, experts=None, options=(), forward=(), **fields
-):
-    """Both layers on the same input, of different tokens on every rank; `sizes`: tokens of each micro-batch in flight."""
+def same_as_alltoall(folder, ep_size=2, sizes=(12,), order=None, batch=1, options=(), forward=(), **fields):
+    """Both layers on the same input, different on every rank; `sizes`: tokens of each micro-batch in flight."""
     layers.start(ep_size, **dict(options))
-    theirs, ours = layers.twins(experts=experts, **fields)
+    theirs, ours = layers.twins(**fields)
     assert differ_between_ranks(ours, ep_size)
     inputs = [layers.hidden(tokens, seed=i, batch=batch) for i, tokens in enumerate(sizes)]
     seen = [layers.run(layer, *inputs, order=order, **dict(forward)) for layer in (theirs, ours)]
@@ -34,11 +32,10 @@ def differ_between_ranks(layer, ep_size) -> bool:
 
 
 def padding_mask(folder):
-    """[batch, tokens]; Megatron inverts nothing: True marks padding in the router's statistics."""
+    """`[batch, tokens]`, True marks padding: left out of the router's statistics, dispatched like any token."""
     mask = torch.zeros(2, 12, dtype=torch.bool)
     mask[:, 9:] = True
-    same_as_alltoall(folder, batch=2, forward={"padding_mask": mask}, moe_router_load_balancing_type="aux_loss",
-                     moe_aux_loss_coeff=0.1)  # fmt: skip
+    same_as_alltoall(folder, batch=2, forward={"padding_mask": mask}, **BALANCED)
 
 
 def eval_between(folder):
@@ -117,12 +114,8 @@ def same_parameters(folder):
 
     layers.start(2)
     theirs, ours = layers.twins()
-    for (name, p), (other_name, other) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
-        assert (name, p.shape, getattr(p, "allreduce", True)) == (
-            other_name,
-            other.shape,
-            getattr(other, "allreduce", True),
-        )
+    seen = [[(n, p.shape, getattr(p, "allreduce", True)) for n, p in x.named_parameters()] for x in (theirs, ours)]
+    assert seen[0] == seen[1]
     assert not any(p.allreduce for p in ours.experts.parameters())
     shards = [layer.sharded_state_dict(prefix="mlp.") for layer in (theirs, ours)]
     assert shards[0].keys() == shards[1].keys() and any("experts" in key for key in shards[0])
@@ -196,6 +189,7 @@ def refusals_and_others(folder):
     assert {cfg.moe_token_dispatcher_type, layer.experts.config.moe_token_dispatcher_type} == {"megamoe"}
 
 
+RECOMPUTED = dict(recompute_granularity="selective", recompute_modules=["moe"])
 BALANCED = dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1)
 ROWS = {
     "EP=1": partial(same_as_alltoall, ep_size=1),
@@ -211,9 +205,8 @@ ROWS = {
         same_as_alltoall,
         moe_router_score_function="sqrtsoftplus",
         moe_router_enable_expert_bias=True,
-        moe_router_load_balancing_type="seq_aux_loss",
-        moe_aux_loss_coeff=0.1,
-    ),  # fmt: skip
+        **BALANCED | {"moe_router_load_balancing_type": "seq_aux_loss"},
+    ),
     "aux loss and z loss": partial(same_as_alltoall, moe_z_loss_coeff=0.1, **BALANCED),
     "clamp": partial(same_as_alltoall, activation_func_clamp_value=0.05),
     "shared experts": partial(same_as_alltoall, moe_shared_expert_intermediate_size=128),
@@ -225,17 +218,11 @@ ROWS = {
         same_as_alltoall, moe_expert_capacity_factor=0.5, moe_token_drop_policy="position", **BALANCED
     ),
     "padding mask": padding_mask,
-    "recomputed layer": partial(same_as_alltoall, recompute_granularity="selective", recompute_modules=["moe"]),
+    "recomputed layer": partial(same_as_alltoall, **RECOMPUTED),
     "recomputed h": recompute_h,
     "three micro-batches in flight, the last smaller": partial(same_as_alltoall, sizes=(12, 12, 5)),
     "three in flight, backward in forward order": partial(same_as_alltoall, sizes=(12, 9, 5), order=(0, 1, 2)),
-    "three in flight, recomputed": partial(
-        same_as_alltoall,
-        sizes=(12, 9, 5),
-        order=(1, 2, 0),
-        recompute_granularity="selective",
-        recompute_modules=["moe"],
-    ),
+    "three in flight, recomputed": partial(same_as_alltoall, sizes=(12, 9, 5), order=(1, 2, 0), **RECOMPUTED),
     "three in flight, staged": partial(
         same_as_alltoall, sizes=(12, 9, 5), order=(1, 2, 0), options={"experts": "staged"}
     ),

@@ -93,7 +93,7 @@ def same_main_grads(folder, ep_size, **ddp):
 
 
 def low_precision(folder, in_fp32):
-    """bf16 weights: fp32 main_grad is written by us and is more exact than bf16 sums; bf16 main_grad is DDP's to add."""
+    """bf16 weights: an fp32 main_grad is written by us, a bf16 one is DDP's to add. The 2x rule against fp64."""
     layers.start(2)
     twins = [layer.bfloat16() for layer in layers.twins()]
     exact = layers.new_layer(layers.config())

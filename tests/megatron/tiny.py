@@ -9,13 +9,14 @@ import io
 import os
 import re
 import runpy
+import shlex
 import sys
 from dataclasses import dataclass
 
 SCRIPT = os.path.join(os.path.dirname(__file__), "scripts", "pretrain_tiny.py")
 
 # A small MoE GPT that every rank count here can hold: 4 experts, top-2; 4 steps of 8 sequences of 32 mock tokens.
-ARGUMENTS = """
+ARGUMENTS = shlex.split("""
 --num-layers 2 --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 256 --moe-ffn-hidden-size 128
 --num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
 --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope --normalization RMSNorm --swiglu
@@ -25,7 +26,7 @@ ARGUMENTS = """
 --vocab-size 127 --tokenizer-type NullTokenizer --mock-data
 --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
 --no-bias-swiglu-fusion --no-rope-fusion --distributed-backend gloo
-""".split()
+""")
 
 NUMBER = r"([-+0-9.naifE]+)"
 
