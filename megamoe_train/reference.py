@@ -35,16 +35,25 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def to_owners(values: Tensor, plan: RoutingPlan, group: Group) -> Tensor:
     """`values [N, ...]` of the kept slots, in `plan.send_slots` order -> `[M, ...]` at the experts; padding zero."""
     arrived = comm.exchange(values, plan.send_splits, plan.receive_splits, group)
-    rows = values.new_zeros((plan.num_rows, *values.shape[1:]))
-    return rows.index_copy_(0, plan.receive_rows, arrived)
+    rows = values.new_empty((plan.num_rows, *values.shape[1:])).index_copy_(0, plan.receive_rows, arrived)
+    return zero_padding(rows, plan)
 
 
 def to_sources(rows_M: Tensor, plan: RoutingPlan, group: Group) -> Tensor:
     """The way back: `[M, ...]` at the experts -> `[T*K, ...]` at the tokens' ranks; dropped slots zero."""
     leaving = rows_M.index_select(0, plan.receive_rows)
     returned = comm.exchange(leaving, plan.receive_splits, plan.send_splits, group)
-    slots = rows_M.new_zeros((plan.num_tokens * plan.top_k, *rows_M.shape[1:]))
+    slots = rows_M.new_empty((plan.num_tokens * plan.top_k, *rows_M.shape[1:]))
+    if len(plan.send_slots) < len(slots):
+        slots.zero_()
     return slots.index_copy_(0, plan.send_slots, returned)
+
+
+def zero_padding(rows_M: Tensor, plan: RoutingPlan) -> Tensor:
+    """Sets the rows that hold no token to zero, in place: `[M, ...]`."""
+    for (_, end), next_start in zip(plan.segments, plan.expert_offset[1:].tolist(), strict=True):
+        rows_M[end:next_start] = 0
+    return rows_M
 
 
 def dispatch(x_TH: Tensor, plan: RoutingPlan, group: Group) -> Tensor:
@@ -113,7 +122,7 @@ def swiglu_backward(da_I: Tensor, h_2I: Tensor, clamp: float | None) -> Tensor:
 
 def fc1_forward(x_MH: Tensor, plan: RoutingPlan, fc1: list[Tensor]) -> Tensor:
     """h = x fc1^T, rounded: `[M,H]` -> `[M,2I]`, padding zero."""
-    h_M2I = x_MH.new_zeros((plan.num_rows, fc1[0].shape[0]))
+    h_M2I = zero_padding(x_MH.new_empty((plan.num_rows, fc1[0].shape[0])), plan)
     for (start, end), weight in zip(plan.segments, fc1, strict=True):
         if end > start:
             torch.mm(x_MH[start:end], weight.t(), out=h_M2I[start:end])
@@ -168,7 +177,7 @@ def forward(
     """x `[T,H]`, weights `[T,K]`, fc1 L of `[2I,H]`, fc2 L of `[H,I]` -> y `[T,H]`, h `[M,2I]`. Collective."""
     p_M = dispatch_weights(weights.to(wide(x.dtype)), plan, group)
     h_M2I = fc1_forward(dispatch(x, plan, group), plan, fc1)
-    y_MH = x.new_zeros((plan.num_rows, x.shape[1]))
+    y_MH = x.new_empty((plan.num_rows, x.shape[1]))  # combine reads the rows that hold a token only
     for (start, end), weight in zip(plan.segments, fc2, strict=True):
         if end > start:
             a = weigh(swiglu(h_M2I[start:end], clamp), p_M[start:end], x.dtype)
@@ -205,8 +214,8 @@ def backward(
     dy_MH = dispatch(dy.to(x.dtype), plan, group)
     x_MH = dispatch(x, plan, group) if need.fc1 or h is None else None
     h = fc1_forward(x_MH, plan, fc1) if h is None else h
-    dp_M = torch.zeros_like(p_M)
-    dx_MH = torch.zeros_like(dy_MH) if need.x else None
+    dp_M = torch.empty_like(p_M)
+    dx_MH = torch.empty_like(dy_MH) if need.x else None
     for e, (start, end) in enumerate(plan.segments):
         if start == end:
             continue

@@ -32,7 +32,7 @@ class RankFailed(AssertionError):
     """One rank raised; the message holds its number and its traceback."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Runs `fn(rank, world_size, *args)` in `world_size` spawned processes joined by gloo; returns what each returned.
 
     `fn` must be importable (top level of a module), arguments and results picklable (tensors
