@@ -85,7 +85,7 @@ def pip_install(*arguments: str, build_kernels: bool = True) -> None:
     if not build_kernels:  # they have a step of their own, whose progress is seen
         environment.pop("MEGAMOE_FORCE_CUDA_BUILD", None)
         environment["MEGAMOE_SKIP_CUDA_BUILD"] = "1"
-    command = [str(PYTHON), "-m", "pip", "install", "--no-input", *arguments]
+    command = [str(PYTHON), "-m", "pip", "install", "--no-input", "--no-compile", *arguments]
     last = []
     with (
         LOG.open("a") as log,
