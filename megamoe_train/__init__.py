@@ -24,9 +24,8 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]
-    check_versions(("python", "torch", "megatron-core") if home.startswith("megatron.") else ("python", "torch"))
-    globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    check_versions()
+    globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     return globals()[name]
 
 

@@ -58,7 +58,7 @@ def version_state(name: str) -> VersionState:
 def check_versions(names: tuple[str, ...] = ("python", "torch")) -> None:
     """Warns for a version outside the tested range; raises RuntimeError for one that is missing or cannot work.
 
-    names: keys of TESTED. What uses Megatron adds "megatron-core".
+    names: keys of TESTED; megamoe_train.megatron asks for "megatron-core" too.
     """
     for state in map(version_state, names):
         if state.state in ("missing", "too old"):

@@ -21,3 +21,16 @@ settings.load_profile("suite")
 def seeded() -> None:
     """Every test draws the same random numbers, alone or in the suite."""
     torch.manual_seed(1234)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: runs on a CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are reported as skipped, with this reason; with one, nothing is skipped."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; this machine has none that torch can use"))

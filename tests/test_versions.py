@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -73,6 +75,19 @@ def test_the_face_checks_versions_before_it_loads(installed, monkeypatch):
     monkeypatch.delitem(vars(megamoe_train), "moe", raising=False)
     with pytest.raises(RuntimeError, match=r"torch 2.8.0: too old"):
         _ = megamoe_train.moe
+
+
+def test_megatron_that_is_too_old_is_refused_before_it_is_imported():
+    code = (
+        "import sys\nfrom megamoe_train import versions\n"
+        "real = versions.installed_version\n"
+        "versions.installed_version = lambda name: '0.18.0' if name == 'megatron-core' else real(name)\n"
+        "try:\n    import megamoe_train\n    megamoe_train.install()\n"
+        "except RuntimeError as error:\n    print(error, 'megatron.core' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert answer.stdout.startswith("megamoe_train cannot run: megatron-core 0.18.0: too old (tested: 0.19.2")
+    assert answer.stdout.endswith(" False\n")
 
 
 def test_nothing_older_than_the_minimum_is_called_tested():
