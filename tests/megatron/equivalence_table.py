@@ -33,7 +33,7 @@ def run_cases(rank: int, world_size: int, names: list[str]) -> list[Report]:
     return [(compare_bf16 if CASES[name].dtype == BF16 else compare_fp32)(CASES[name], STEPS) for name in names]
 
 
-def reports(names: list[str], timeout: float = 250) -> dict[str, Report]:
+def reports(names: list[str], timeout: float = 550) -> dict[str, Report]:
     """Each case's report over all ranks."""
     of_ranks = run_ranks(run_cases, RANKS, names, timeout=timeout)
     return {name: merged([mine[i] for mine in of_ranks]) for i, name in enumerate(names)}

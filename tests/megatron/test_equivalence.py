@@ -5,6 +5,8 @@ import pytest
 from tests.megatron.equivalence_table import BF16, CASES, RANKS, STEPS, lines, reports
 from tests.megatron.tiny_gpt import LAYERS
 
+pytestmark = pytest.mark.timeout(600)  # on a machine that is short of cores; 40 s on two free ones
+
 
 @pytest.fixture(scope="module")
 def of_cases():

@@ -15,6 +15,7 @@ from tests.distributed import run_ranks
 from tests.megatron.equivalence import Report, compare_bf16, compare_fp32, merged
 from tests.megatron.tiny_gpt import Setup
 
+pytestmark = pytest.mark.timeout(600)  # on a machine that is short of cores; 20 s on two free ones
 RANKS, FP32, BF16 = 2, torch.float32, torch.bfloat16
 PLAIN = Setup(ep_size=2)
 ONE_RANK_FURTHER = PLAIN.num_experts // PLAIN.ep_size
@@ -60,7 +61,7 @@ RUNS.append(("expert offset + L", replace(PLAIN, reseed=False)))
 
 @pytest.fixture(scope="module")
 def reports():
-    of_ranks = run_ranks(run_mutations, RANKS, RUNS, timeout=250)
+    of_ranks = run_ranks(run_mutations, RANKS, RUNS, timeout=550)
     return {run: merged([mine[i] for mine in of_ranks]) for i, run in enumerate(RUNS)}
 
 

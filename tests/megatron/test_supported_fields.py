@@ -11,7 +11,8 @@ from tests.distributed import run_ranks
 from tests.megatron.equivalence import Report, compare_bf16, compare_fp32, merged
 from tests.megatron.tiny_gpt import Setup
 
-RANKS, STEPS = 2, 2
+pytestmark = pytest.mark.timeout(600)  # on a machine that is short of cores; 25 s on two free ones
+RANKS = 2
 NO_BIAS = {"moe_router_enable_expert_bias": False}
 NO_LOSS = {"moe_aux_loss_coeff": 0.0}
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
@@ -81,20 +82,25 @@ STAGED = {
 ROWS = PAIRED | STAGED
 
 
+def steps(row: Setup) -> int:
+    """What DDP does to the weights shows in the second step."""
+    return 2 if row.ddp else 1
+
+
 def run_rows(rank: int, world_size: int) -> list[Report]:
     """On every rank: the rows, one after another."""
     warnings.simplefilter("ignore")
     compare = {torch.float32: compare_fp32, torch.bfloat16: compare_bf16}
-    return [compare[row.dtype](row, STEPS) for row in ROWS.values()]
+    return [compare[row.dtype](row, steps(row)) for row in ROWS.values()]
 
 
 @pytest.fixture(scope="module")
 def reports():
-    of_ranks = run_ranks(run_rows, RANKS, timeout=250)
+    of_ranks = run_ranks(run_rows, RANKS, timeout=550)
     return {name: merged([mine[i] for mine in of_ranks]) for i, name in enumerate(ROWS)}
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_trains_as_with_alltoall(reports, name):
     assert reports[name].problems == []
-    assert reports[name].num_gradients > 0 and len(reports[name].losses) == STEPS
+    assert reports[name].num_gradients > 0 and len(reports[name].losses) == steps(ROWS[name])
