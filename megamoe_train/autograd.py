@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .backends import Backend
 from .plan import RoutingPlan
 
 
@@ -42,7 +43,7 @@ class ReturnGrads:
 class Call:
     """Everything of one call that is no differentiable input."""
 
-    backend: object  # forward, backward: see backends.Backend
+    backend: Backend
     plan: RoutingPlan
     group: dist.ProcessGroup | None
     clamp: float | None

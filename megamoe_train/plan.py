@@ -120,11 +120,12 @@ def build_plan(topk_ids: Tensor, num_experts: int, *, group: dist.ProcessGroup |
     """The plan of this rank for `topk_ids [T, K]` int (global expert numbers, -1 = dropped). Collective over `group`.
 
     T may differ between ranks (0 included); K and num_experts may not. Reads the counts on the host.
-    Raises ValueError, for values on every rank alike: shape, dtype, ids outside [-1, num_experts), ranks that disagree.
+    Raises ValueError for a shape or dtype here, and on every rank alike for ids outside [-1, num_experts) on any of them
+    and for ranks that disagree.
     """
     ranks, rank = comm.size_of(group), comm.rank_in(group)
     _check_local(topk_ids, num_experts, ranks)
-    ids = topk_ids.to(torch.int64)
+    ids = topk_ids.to(torch.int64, copy=True)  # the plan is its own, whatever the caller does with the ids
     _check_everywhere(comm.gather(_summary(ids, num_experts), group).tolist())
     by_expert = _by_expert(ids, num_experts)
     counts = comm.gather(_counts(ids, num_experts), group).cpu()
@@ -139,7 +140,7 @@ def plans_of(topk_ids_per_rank: list[Tensor], num_experts: int) -> list[RoutingP
     ranks = len(topk_ids_per_rank)
     for ids in topk_ids_per_rank:
         _check_local(ids, num_experts, ranks)
-    ids_of = [ids.to(torch.int64) for ids in topk_ids_per_rank]
+    ids_of = [ids.to(torch.int64, copy=True) for ids in topk_ids_per_rank]
     _check_everywhere([_summary(ids, num_experts).tolist() for ids in ids_of])
     by_expert = [_by_expert(ids, num_experts) for ids in ids_of]
     counts = torch.stack([_counts(ids, num_experts) for ids in ids_of]).cpu()

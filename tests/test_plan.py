@@ -160,6 +160,14 @@ def test_id_dtypes_give_the_same_plan():
         assert_equal_plans(build_plan(ids.to(dtype), 8), build_plan(ids, 8))
 
 
+def test_a_plan_is_its_own():
+    ids = route("uniform", 50, 3, 8, 1, torch.Generator().manual_seed(5))
+    plan, expected = build_plan(ids, 8), build_plan(ids.clone(), 8)
+    ids.fill_(-1)
+    assert_equal_plans(plan, expected)
+    assert torch.equal(plan.send_slots, expected.send_slots)
+
+
 def test_strided_ids_give_the_same_plan():
     ids = route("uniform", 50, 3, 8, 1, torch.Generator().manual_seed(5))
     assert_equal_plans(build_plan(ids.t().contiguous().t(), 8), build_plan(ids, 8))

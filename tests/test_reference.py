@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megamoe_train import reference
@@ -53,6 +55,15 @@ def test_matches_the_autograd_twin(routing, clamp):
 def test_sizes_match_the_twin(tokens, top_k, num_experts):
     layer = make_layer([tokens], top_k=top_k, num_experts=num_experts, seed=4)
     assert_same(run_reference(layer, 0.7), run_twin(layer, 0.7), FP64)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**20), st.integers(0, 70), st.integers(1, 4), st.sampled_from([None, 0.1, 1.0]))
+def test_any_routing_matches_the_twin(seed, tokens, num_experts, clamp):
+    """Random ids, repeated and dropped ones too."""
+    layer = make_layer([tokens], top_k=3, num_experts=4, hidden=8, inner=6, routing="balanced", seed=seed)
+    layer.ids[0] = torch.randint(-1, num_experts, (tokens, 3), generator=torch.Generator().manual_seed(seed))
+    assert_same(run_reference(layer, clamp), run_twin(layer, clamp), FP64)
 
 
 def test_the_same_expert_twice_in_one_token_counts_twice():
@@ -189,10 +200,10 @@ def test_given_buffers_are_added_to():
     _, h = reference.forward(x, plan, weights, list(fc1), list(fc2), clamp=None, group=None)
     grads = reference.backward(dy, x, h, plan, weights, list(fc1), list(fc2), clamp=None, group=None, **ones)
     for name in ("dfc1", "dfc2"):
-        for e, (given, returned) in enumerate(zip(ones[name], getattr(grads, name), strict=True)):
-            assert returned is given
-            if given is not None:
-                torch.testing.assert_close(given, fresh[name][e] + 1, rtol=1e-13, atol=1e-13)
+        for e, (buffer, returned) in enumerate(zip(ones[name], getattr(grads, name), strict=True)):
+            assert returned is buffer
+            if buffer is not None:
+                torch.testing.assert_close(buffer, fresh[name][e] + 1, rtol=1e-13, atol=1e-13)
 
 
 def test_h_computed_again_has_the_same_bits():
