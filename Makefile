@@ -19,6 +19,7 @@ test:  ## build the kernels where nvcc is, run all tests
 lint:  ## ruff and clang-format, without changing a file
 	@sh scripts/bootstrap dev
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 	git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp' | xargs -r .venv/bin/clang-format --dry-run -Werror
 
 docs:  ## write the tables of docs/configuration.md from the code

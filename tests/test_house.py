@@ -7,7 +7,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import pytest
 import yaml
 
 from megamoe_train.config import ENVIRONMENT
@@ -147,11 +146,18 @@ def test_links_between_pages_lead_somewhere():
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-@pytest.mark.parametrize("hook", ["ruff", "clang-format"])
-def test_pre_commit_runs_what_make_lint_runs(hook):
+def test_the_index_lists_every_page():
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/index.md").read_text()))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+def test_pre_commit_runs_what_make_lint_runs():
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    entries = {item["id"]: item["entry"] for item in local["hooks"]}
-    assert entries[hook].startswith(hook) and hook in (ROOT / "Makefile").read_text()
+    entries = [hook["entry"] for hook in local["hooks"]]
+    assert entries == ["ruff check --fix", "ruff format", "clang-format -i"]
+    lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    for tool in ("ruff check .", "ruff format --check .", "clang-format --dry-run -Werror"):
+        assert tool in lint
 
 
 def test_the_licence_is_the_whole_of_apache_2():
