@@ -55,7 +55,6 @@ EXAMPLES = {
         ([CudaGraphModule.moe_router], {"cuda_graph_impl": "local"}),
         ([], GRAPHED),
     ],
-    "data_parallel_sharding_strategy": [("optim", {}), ("optim_grads", {}), ("optim_grads_params", {})],
     "outer_dp_sharding_strategy": [("optim", {})],
     "reshard_after_forward": [(True, {}), (False, {})],
 }
