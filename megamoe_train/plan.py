@@ -120,7 +120,7 @@ def build_plan(topk_ids: Tensor, num_experts: int, *, group: dist.ProcessGroup |
     """The plan of this rank for `topk_ids [T, K]` int (global expert numbers, -1 = dropped). Collective over `group`.
 
     T may differ between ranks (0 included); K and num_experts may not. Reads the counts on the host.
-    Raises ValueError for a shape or dtype here, and on every rank alike for ids outside [-1, num_experts) on any of them
+    Raises ValueError for a shape or dtype here; on every rank alike for ids outside [-1, num_experts) on any of them,
     and for ranks that disagree.
     """
     ranks, rank = comm.size_of(group), comm.rank_in(group)
