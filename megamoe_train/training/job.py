@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from argparse import Namespace
 from pathlib import Path
 
 from megamoe_train.training import checkpointing, prepare
@@ -144,6 +145,7 @@ def header(job: Job, prepared: prepare.Prepared | None, num_ranks: int) -> list[
     lines = [
         f"recipe {job.recipe.name}: {job.recipe.summary}",
         *(f"  note: {note}" for note in job.recipe.notes),
+        f"model: {args.num_layers} layers, hidden {args.hidden_size}, {_experts(args)}, vocabulary {args.vocab_size}",
         f"{num_ranks} ranks on {device} over {args.distributed_backend}: expert parallel "
         f"{args.expert_model_parallel_size}, pipeline {args.pipeline_model_parallel_size}",
         f"moe dispatcher {args.moe_token_dispatcher_type}{backend}",
@@ -159,6 +161,12 @@ def header(job: Job, prepared: prepare.Prepared | None, num_ranks: int) -> list[
         f"{args.train_iters} steps of {args.global_batch_size} x {args.seq_length} tokens; files in {job.request.out}"
     )
     return lines
+
+
+def _experts(args: Namespace) -> str:
+    if not args.num_experts:
+        return "no experts"
+    return f"{args.num_experts} experts of {args.moe_ffn_hidden_size}, top-{args.moe_router_topk}"
 
 
 def _nothing_left(job: Job) -> str:

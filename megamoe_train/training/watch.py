@@ -55,12 +55,9 @@ class Watch:
         how = f"stopped at step {self.step} of {last_step}" if stopped else f"done: {self.step} steps"
         tokens = steps * get_current_global_batch_size() * get_args().seq_length
         lines = [f"{how}; this session {steps} steps, {tokens:,} tokens in {seconds / 60:.1f} minutes"]
-        if self.metrics.validations:
-            first, last = self.metrics.validations[0], self.metrics.validations[-1]
-            lines.append(
-                f"validation loss {first['validation_loss']:.4f} (step {first['step']}) -> "
-                f"{last['validation_loss']:.4f} (step {last['step']})"
-            )
+        measured = [f"{line['validation_loss']:.4f} (step {line['step']})" for line in self.metrics.validations]
+        if measured:
+            lines.append("validation loss " + " -> ".join(dict.fromkeys((measured[0], measured[-1]))))
         lines.append(f"loss curve {self.picture}; tensorboard --logdir {folder / 'tensorboard'}")
         if self.saved_step is not None:
             lines.append(f"checkpoint of step {self.saved_step} in {get_args().save}")

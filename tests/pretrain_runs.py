@@ -1,0 +1,72 @@
+"""Runs of the real command for the tests: a model of two small layers on a small text, two ranks over gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+SMALL = {
+    "num-layers": 2,
+    "num-experts": 8,
+    "moe-router-topk": 2,
+    "seq-length": 32,
+    "max-position-embeddings": 32,
+    "vocab-size": 512,
+    "micro-batch-size": 2,
+    "global-batch-size": 4,
+    "eval-iters": 2,
+}
+
+
+def write_text(path: Path) -> Path:
+    """A real text of about 100 KB, as a .txt file: documentation topics that Python carries."""
+    from pydoc_data import topics
+
+    path.write_text("\n\n".join(text for _, text in sorted(topics.topics.items()))[:100_000])
+    return path
+
+
+def arguments(out: Path, text: Path | None, *more: str, **changes: object) -> list[str]:
+    """The options of one run; `changes` and `SMALL` become `--set`, with `_` for `-`."""
+    settings = SMALL | {name.replace("_", "-"): value for name, value in changes.items()}
+    data = ["--data", str(text), "--data-cache", str(text.parent / "cache")] if text else []
+    return ["--out", str(out), *data, *(f"--set={name}={value}" for name, value in settings.items()), *more]
+
+
+@contextlib.contextmanager
+def started(options: list[str]) -> Iterator[subprocess.Popen]:
+    """The command, running; gone when the block ends."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "megamoe_train.pretrain", *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment | {"OMP_NUM_THREADS": "1"}
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+        process.stdout.close()
+
+
+def run(options: list[str], on_line: Callable[[str, subprocess.Popen], None] | None = None) -> tuple[int, str]:
+    """Runs to the end; returns the exit status and everything that was said. `on_line` sees each line as it comes."""
+    said = []
+    with started(options) as process:
+        for line in process.stdout:
+            said.append(line)
+            if on_line:
+                on_line(line, process)
+        return process.wait(), "".join(said)
+
+
+def history(out: Path) -> dict[tuple[int, str], object]:
+    """Everything a run measured that must not depend on timing: (step, name) -> value."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {(line["step"], name): value for line in lines for name, value in line.items() if name != "tokens_per_s"}

@@ -1,0 +1,207 @@
+"""The parts of the training job that need no Megatron: the argument table, where ranks come from, what a run keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from megamoe_train.training import checkpointing, launch, settings
+from megamoe_train.training.metrics import Metrics, draw
+
+SHAPE = {"num-experts": ["32"], "moe-router-topk": ["6"], "micro-batch-size": ["4"], "global-batch-size": ["8"]}
+
+
+def test_recipe_values_become_arguments():
+    table = settings.from_recipe({"num_layers": 4, "swiglu": True, "bf16": False, "spec": None, "a-b": ["x", 1]})
+    assert settings.to_arguments(table) == ["--num-layers", "4", "--swiglu", "--a-b", "x", "1"]
+
+
+def test_later_words_win_and_false_takes_out():
+    table = settings.from_recipe({"lr": 1e-3, "swiglu": True, "bf16": True})
+    settings.apply_sets(table, ["lr=0.5", "bf16=false", "--seed=7", "fp32_residual=True", "names=a 'b c'"])
+    settings.apply_arguments(table, ["--lr", "2e-4", "--swiglu", "--modules", "moe", "mlp", "--x=1", "--shift", "-3"])
+    expected = {"lr": ["2e-4"], "swiglu": [], "seed": ["7"], "fp32-residual": [], "names": ["a", "b c"]}
+    assert table == expected | {"modules": ["moe", "mlp"], "x": ["1"], "shift": ["-3"]}
+
+
+@pytest.mark.parametrize("pair", ["lr", "=3", " =3"])
+def test_set_without_key_or_value_is_refused(pair):
+    with pytest.raises(ValueError, match="key=value"):
+        settings.apply_sets({}, [pair])
+
+
+def test_word_before_any_argument_is_refused():
+    with pytest.raises(ValueError, match="'500' is not a Megatron argument"):
+        settings.apply_arguments({}, ["500"])
+
+
+def test_unknown_argument_names_the_nearest():
+    with pytest.raises(ValueError, match="--train-iterz is not a Megatron argument; nearest: --train-iters"):
+        settings.check_known({"train-iterz": ["4"]}, ["--train-iters", "--lr"])
+    settings.check_known({"train-iters": ["4"]}, ["--train-iters", "--lr"])
+
+
+@pytest.mark.parametrize(
+    ("change", "num_ranks", "message"),
+    [
+        ({"expert-model-parallel-size": ["2"]}, 3, "world size: 3 is not a multiple of expert-model-parallel-size 2"),
+        ({"expert-model-parallel-size": ["2"], "pipeline-model-parallel-size": ["2"]}, 2, "pipeline-model-parallel-s"),
+        ({"tensor-model-parallel-size": ["4"]}, 2, "world size: 2 is not a multiple of tensor 4"),
+        ({"expert-model-parallel-size": ["5"]}, 5, "num-experts: 32 is not divisible by expert-model-parallel-size 5"),
+        ({"expert-model-parallel-size": ["0"]}, 2, "expert parallel size: 0"),
+        ({"moe-router-topk": ["33"]}, 1, r"moe-router-topk: 33 is not between 1 and num-experts \(32\)"),
+        ({"moe-router-topk": ["0"]}, 1, "moe-router-topk: 0"),
+        ({"global-batch-size": ["6"]}, 1, "global-batch-size: 6 is not a multiple of micro-batch-size 4 x 1"),
+        ({"num-experts": ["many"]}, 1, "num-experts: 'many' is not a whole number"),
+        (
+            {"num-experts": []},
+            1,
+            "num-experts: '(nothing)' is not a whole number".replace("(", r"\(").replace(")", r"\)"),
+        ),
+    ],
+)
+def test_layouts_that_cannot_be(change, num_ranks, message):
+    with pytest.raises(ValueError, match=message):
+        settings.check_shape(SHAPE | change, num_ranks)
+
+
+@pytest.mark.parametrize(("expert", "pipeline", "num_ranks"), [(1, 1, 1), (2, 1, 2), (2, 2, 4), (1, 2, 2), (1, 1, 2)])
+def test_layouts_that_can(expert, pipeline, num_ranks):
+    sizes = {"expert-model-parallel-size": [str(expert)], "pipeline-model-parallel-size": [str(pipeline)]}
+    settings.check_shape(SHAPE | sizes | {"global-batch-size": ["16"]}, num_ranks)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "most", "ranks"), [(0, 2, 2), (1, 2, 1), (2, 2, 2), (8, 2, 2), (8, None, 8), (0, 1, 1)]
+)
+def test_processes_to_start(gpus, most, ranks):
+    assert launch.default_ranks(gpus, most) == ranks
+
+
+@pytest.fixture
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what adopt_rank adds goes with the test
+    return monkeypatch
+
+
+def test_alone_it_is_no_rank(clean_environment):
+    assert not launch.adopt_rank()
+    # a batch script has a job and a process number, but no step: nobody else was started
+    os.environ.update(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NTASKS="8")
+    assert not launch.adopt_rank()
+    # an interactive shell is a step of one task
+    os.environ.update(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="1")
+    assert not launch.adopt_rank()
+    assert "RANK" not in os.environ
+
+
+def test_torchrun_is_recognised(clean_environment):
+    os.environ.update(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2")
+    assert launch.adopt_rank()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("3", "4", "1")
+
+
+def test_srun_becomes_torchruns_variables(clean_environment, tmp_path):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    clean_environment.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    os.environ.update(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[07-08]"}
+    os.environ.update(step, SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_JOB_ID="31")
+    assert launch.adopt_rank()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "gpu07", "20031"]
+
+
+def _checkpoint(root: Path, step: int, *, whole: bool = True) -> None:
+    folder = checkpointing.folder_of(root, step)
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"0")
+    if whole:
+        (folder / "metadata.json").write_text("{}")
+
+
+def test_no_checkpoint(tmp_path):
+    assert checkpointing.find(tmp_path / "absent") is None
+    _checkpoint(tmp_path, 5, whole=False)  # the very first save was interrupted
+    assert checkpointing.find(tmp_path) is None
+
+
+def test_interrupted_save_is_passed_over_and_named(tmp_path):
+    _checkpoint(tmp_path, 10)
+    _checkpoint(tmp_path, 20)
+    _checkpoint(tmp_path, 30, whole=False)
+    (tmp_path / checkpointing.TRACKER).write_text("20")
+    found = checkpointing.find(tmp_path)
+    assert (found.step, found.unfinished, found.tracked) == (20, (30,), True)
+    assert "step 20" in found.describe()
+    assert "save at step 30 was interrupted" in found.describe()
+
+
+@pytest.mark.parametrize("tracker", [None, "", "\n"])
+def test_tracker_lost_in_a_kill_is_mended(tmp_path, tracker):
+    _checkpoint(tmp_path, 10)
+    _checkpoint(tmp_path, 20)
+    if tracker is not None:
+        (tmp_path / checkpointing.TRACKER).write_text(tracker)
+    found = checkpointing.find(tmp_path)
+    assert (found.step, found.tracked) == (20, False)
+    checkpointing.mend_tracker(found)
+    assert (tmp_path / checkpointing.TRACKER).read_text() == "20"
+    assert checkpointing.find(tmp_path).tracked
+
+
+def test_named_checkpoint_must_be_whole(tmp_path):
+    _checkpoint(tmp_path, 10)
+    (tmp_path / checkpointing.TRACKER).write_text("30")
+    with pytest.raises(ValueError, match=r"step 30 in .* is missing or was never completed \(whole: 10\)"):
+        checkpointing.find(tmp_path)
+    assert checkpointing.find(tmp_path, step=10).step == 10
+    with pytest.raises(ValueError, match="step 11 in"):
+        checkpointing.find(tmp_path, step=11)
+
+
+def _step(step: int) -> dict:
+    return {"step": step, "loss": 9.0 - step, "load": []}
+
+
+def test_metrics_of_a_resumed_run_drop_what_comes_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = Metrics(path)
+    first.add({"step": 0, "validation_loss": 9.5})
+    for step in range(1, 6):
+        first.add(_step(step))
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    resumed = Metrics(path, step=3)
+    resumed.add(_step(4) | {"loss": 1.0})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[-1]["loss"] == 1.0
+    assert resumed.validation_at(0) == 9.5
+    assert Metrics(path).steps == []  # from step 0 the run begins anew
+    assert path.read_text() == ""
+
+
+def test_picture_shows_both_curves(tmp_path):
+    from matplotlib import image
+
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    draw(metrics, "empty", tmp_path / "empty.png")
+    for step in range(1, 30):
+        metrics.add(_step(step))
+    draw(metrics, "training", tmp_path / "training.png")
+    metrics.add({"step": 29, "validation_loss": -15.0})
+    draw(metrics, "training", tmp_path / "both.png")
+    empty, training, both = (image.imread(tmp_path / f"{name}.png") for name in ("empty", "training", "both"))
+    assert empty.shape == training.shape == both.shape
+    assert (training != empty).any() and (both != training).any()
+    assert sorted(path.name for path in tmp_path.glob("*.part*")) == []
