@@ -9,6 +9,8 @@
 namespace megamoe {
 namespace {
 
+static_assert(kWgradCode == static_cast<int>(Gemm::kWgrad));
+
 void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess) {
         throw std::runtime_error(std::string("megamoe: ") + what + ": " + cudaGetErrorString(error));
@@ -20,6 +22,16 @@ int sm_count() {
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
     return count;
+}
+
+// The kernels clamp bf16 pairs, which is exact only for a limit that bf16 holds.
+__nv_bfloat162 clamp_pair(float limit) {
+    const __nv_bfloat16 rounded = __float2bfloat16_rn(limit);
+    if (!(limit > 0) || __bfloat162float(rounded) != limit) {
+        throw std::runtime_error("megamoe: clamp is " + std::to_string(limit) +
+                                 "; allowed: positive numbers that bf16 represents exactly, such as 10");
+    }
+    return __halves2bfloat162(rounded, rounded);
 }
 
 CUtensorMap map_or_empty(MapKind kind, const void* address, int64_t rows, int64_t cols) {
@@ -43,12 +55,17 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     GemmParams params{};
     if (rows > 0) {
         params.a = make_tensor_map(is_wgrad ? MapKind::kOperandMN : MapKind::kActivation, args.a, rows, args.a_cols);
-        params.b = map_or_empty(MapKind::kWeightMN, args.b, rows, args.b_cols);
-        params.h = map_or_empty(MapKind::kEpilogueIn, args.h, rows, 2 * int64_t{args.n_extent});
-        params.out = map_or_empty(MapKind::kEpilogueOut, args.out, rows, args.out_cols);
-        params.act = map_or_empty(MapKind::kEpilogueOut, args.act, rows, args.n_extent);
+        params.b = is_wgrad ? make_tensor_map(MapKind::kWeightMN, args.b, rows, args.b_cols)
+                            : map_or_empty(MapKind::kWeight, args.h, rows, 2 * int64_t{args.n_extent});
     }
-    params.expert_maps = static_cast<const CUtensorMap*>(args.expert_maps);
+    // A wgrad's table holds addresses, the others' tables hold tensor maps.
+    if (is_wgrad) {
+        params.gradients = static_cast<float* const*>(args.expert_table);
+    } else {
+        params.expert_maps = static_cast<const CUtensorMap*>(args.expert_table);
+    }
+    params.out = static_cast<__nv_bfloat16*>(args.out);
+    params.act = static_cast<__nv_bfloat16*>(args.act);
     params.expert_rows = args.expert_rows;
     params.expert_offset = args.expert_offset;
     params.row_weights = args.row_weights;
@@ -58,7 +75,7 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     params.m_extent = args.m_extent;
     params.n_extent = args.n_extent;
     params.k_blocks = args.k_extent / kBlockK;
-    params.limit = args.limit;
+    params.limit = clamp_pair(args.limit);
     params.accumulate = args.accumulate;
     params.deadline = {static_cast<unsigned long long>(args.deadline_ns),
                        static_cast<WaitRecord*>(args.wait_record), 0};

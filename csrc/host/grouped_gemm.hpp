@@ -6,6 +6,8 @@
 
 namespace megamoe {
 
+constexpr int kWgradCode = 4;  // Gemm::kWgrad, for callers that cannot include device headers
+
 struct GroupedGemmArgs {
     int gemm;  // Gemm
 
@@ -16,12 +18,11 @@ struct GroupedGemmArgs {
     int64_t b_cols;
     const void* h;
     void* out;
-    int64_t out_cols;
     void* act;
     int64_t pool_rows;
 
     // Per expert, in device memory.
-    const void* expert_maps;
+    const void* expert_table;  // tensor maps of the weights; for a wgrad, addresses of the gradients
     const int* expert_rows;
     const int* expert_offset;
     int num_experts;

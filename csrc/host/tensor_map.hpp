@@ -7,15 +7,12 @@
 
 namespace megamoe {
 
-// Which role reads or writes a matrix, and so in what boxes. All boxes are 128 bytes wide in the 128-byte swizzle.
+// How the loader reads a bf16 matrix: in boxes of 64 columns (128 bytes) in the 128-byte swizzle.
 enum class MapKind : int {
-    kActivation = 0,   // bf16, 64 rows: left operand, K-major
-    kWeight = 1,       // bf16, 128 rows: right operand, K-major
-    kWeightMN = 2,     // bf16, [2][64 k][64 n]: right operand, MN-major
-    kOperandMN = 3,    // bf16, [1][64 k][64 m]: left operand of a wgrad
-    kEpilogueIn = 4,   // bf16, 128 rows: h for dgrad2
-    kEpilogueOut = 5,  // bf16, 16 rows: what one warp stores
-    kGradient = 6,     // fp32, 16 rows of 32 columns
+    kActivation = 0,  // 64 rows: left operand, K-major
+    kWeight = 1,      // 128 rows: right operand, K-major
+    kWeightMN = 2,    // [2][64 k][64 n]: right operand, MN-major
+    kOperandMN = 3,   // [1][64 k][64 m]: left operand of a wgrad
 };
 
 // Describes the row-major matrix [rows, cols] at `address`. Throws std::runtime_error naming what is wrong.

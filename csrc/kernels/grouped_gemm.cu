@@ -1,6 +1,7 @@
 // Grouped GEMM: one of the six products of an MoE layer, alone in a launch. The fused kernels use the same roles.
 #include "kernels/grouped_gemm.cuh"
 
+#include "roles/loader.cuh"
 #include "roles/math.cuh"
 #include "roles/scheduler.cuh"
 

@@ -1,6 +1,7 @@
 // Which matrix product a unit belongs to, and the tensors of one product.
 #pragma once
 #include <cuda.h>
+#include <cuda_bf16.h>
 
 #include "ptx/wgmma.cuh"
 #include "roles/shared.cuh"
@@ -26,14 +27,14 @@ struct GemmTraits {
     static constexpr int kColumns = kGemm == Gemm::kFc1 ? kTileN / 2 : kTileN;
 };
 
-// Tensor maps of the row pools. Which fields a product uses follows from the table above.
+// The tensors of one product; which fields it uses follows from the table above.
 struct GemmParams {
-    CUtensorMap a;         // left operand: a row pool
-    CUtensorMap b;         // wgrad: right operand, a row pool
-    CUtensorMap h;         // dgrad2: h, read by the epilogue
-    CUtensorMap out;       // h (fc1), y rows (fc2), dh (dgrad2), dx rows (dgrad1)
-    CUtensorMap act;       // a (fc1, dgrad2)
-    const CUtensorMap* expert_maps;  // [L] weights, or gradients for wgrad
+    CUtensorMap a;                   // left operand: a row pool
+    CUtensorMap b;                   // wgrad: right operand, a row pool; dgrad2: h, for the epilogue
+    const CUtensorMap* expert_maps;  // [L] weights; not for wgrad
+    float* const* gradients;         // [L] wgrad: where each expert's gradient lies
+    __nv_bfloat16* out;              // h (fc1), y rows (fc2), dh (dgrad2), dx rows (dgrad1)
+    __nv_bfloat16* act;              // a (fc1, dgrad2)
     const int* expert_rows;          // [L]
     const int* expert_offset;        // [L] first row of each expert in the pools
     const float* row_weights;        // [M] p of each row
@@ -41,9 +42,9 @@ struct GemmParams {
     int* claims;                     // units handed out; zeroed before the launch
     int num_experts;
     int m_extent;     // wgrad: rows of the gradient
-    int n_extent;     // columns of the result (I for fc1 and dgrad2)
+    int n_extent;     // columns of the result; I for fc1 and dgrad2, whose h and dh have twice as many
     int k_blocks;     // reduction steps; not for wgrad
-    float limit;      // SwiGLU clamp, +inf when off
+    __nv_bfloat162 limit;  // SwiGLU clamp twice; +inf when off
     int accumulate;   // wgrad: add to what is there
     Deadline deadline;
 };

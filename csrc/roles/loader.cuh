@@ -3,7 +3,6 @@
 #pragma once
 #include "ptx/tma.cuh"
 #include "roles/dswiglu.cuh"
-#include "roles/gemm_params.cuh"
 
 namespace megamoe {
 
@@ -72,21 +71,21 @@ __device__ __forceinline__ void load_stage(SharedStorage& shared, const GemmPara
     }
 }
 
-// dgrad2's epilogue reads h: its chunks travel through the ring behind the operands, [128 gate rows][128 up rows].
-__device__ __forceinline__ void load_h(SharedStorage& shared, const GemmParams& params, const UnitSlot& unit, int rank,
+// dgrad2's epilogue reads h: its chunks travel through the ring behind the operands.
+__device__ __forceinline__ void load_h(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot, int rank,
                                        StageCursor& cursor) {
-    const Unit pair{unit.m_tile, unit.n_tile, unit.n_pair != 0};
-    const int n_tile = n_tile_of(pair, rank);
-    const int row = unit.row_begin + m_tile_of(pair, rank) * kTileM;
-    const int stages = dswiglu_stages(params, pair);
+    const Unit unit{slot.m_tile, slot.n_tile, slot.n_pair != 0};
+    const int first_column = n_tile_of(unit, rank) * kTileN;
+    const int row = slot.row_begin + m_tile_of(unit, rank) * kTileM;
+    const int stages = dswiglu_stages(params, unit);
     for (int chunk = 0; chunk < stages; ++chunk) {
         wait(&shared.stage_free[cursor.index], cursor.parity ^ 1, params.deadline, Waiting::kStageFree);
         uint64_t* full = &shared.stage_full[cursor.index];
         uint8_t* dst = shared.ring[cursor.index];
+        const int column = first_column + chunk * kChunkColumns;
         ptx::mbarrier_expect(full, 2 * kBytesA);
-        const int column = n_tile * kTileN + chunk * kChunkColumns;
-        ptx::tma_load_2d(dst, &params.h, full, column, row, ptx::kEvictFirst);
-        ptx::tma_load_2d(dst + kBytesA, &params.h, full, params.n_extent + column, row, ptx::kEvictFirst);
+        ptx::tma_load_2d(dst, &params.b, full, column, row, ptx::kEvictFirst);
+        ptx::tma_load_2d(dst + kBytesA, &params.b, full, params.n_extent + column, row, ptx::kEvictFirst);
         cursor.advance();
     }
 }

@@ -1,26 +1,29 @@
 // Math role: a warpgroup multiplies its 64 rows of every tile and runs the epilogue. The two warpgroups of a CTA never
 // wait for each other: while one is in its epilogue the other runs ahead through the ring.
 #pragma once
-#include "roles/epilogue.cuh"
-#include "roles/loader.cuh"
+#include "roles/dswiglu.cuh"
 
 namespace megamoe {
 
-// Walks `k_blocks` stages; `multiplies` false only hands them back.
-template <Gemm kGemm>
-__device__ __forceinline__ void multiply(SharedStorage& shared, const GemmParams& params, int warpgroup, int k_blocks,
-                                         bool multiplies, StageCursor& cursor, float (&d)[128]) {
-    constexpr ptx::Major kA = GemmTraits<kGemm>::kMajorA, kB = GemmTraits<kGemm>::kMajorB;
-    if (!multiplies) {
-        for (int k_block = 0; k_block < k_blocks; ++k_block) {
-            wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);
-            release_stage(shared, cursor.index);
-            cursor.advance();
-        }
-        return;
-    }
-    int previous = -1;
+// Hands `k_blocks` stages back unread: this warpgroup has no row in the tile.
+__device__ __forceinline__ void skip(SharedStorage& shared, const GemmParams& params, int k_blocks,
+                                     StageCursor& cursor) {
     for (int k_block = 0; k_block < k_blocks; ++k_block) {
+        wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);
+        release_stage(shared, cursor.index);
+        cursor.advance();
+    }
+}
+
+// Issues the reduction loop, of at least one step. Its last step is still running on return: finish_multiply waits for
+// it. Returns the stage of that step.
+template <Gemm kGemm>
+__device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams& params, int warpgroup, int k_blocks,
+                                        StageCursor& cursor, float (&d)[128]) {
+    constexpr ptx::Major kA = GemmTraits<kGemm>::kMajorA, kB = GemmTraits<kGemm>::kMajorB;
+    int previous = -1;
+    int k_block = 0;
+    do {
         wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);
         const uint32_t stage = ptx::smem_address(shared.ring[cursor.index]);
         const uint64_t a = ptx::smem_descriptor<kA>(stage + warpgroup * (kBytesA / 2));
@@ -39,14 +42,14 @@ __device__ __forceinline__ void multiply(SharedStorage& shared, const GemmParams
         if (previous >= 0) release_stage(shared, previous);
         previous = cursor.index;
         cursor.advance();
-    }
+    } while (++k_block < k_blocks);
+    return previous;
+}
+
+__device__ __forceinline__ void finish_multiply(SharedStorage& shared, int last_stage, float (&d)[128]) {
     ptx::wgmma_wait<0>();
     ptx::pin_accumulators(d);
-    if (previous >= 0) release_stage(shared, previous);
-    if (k_blocks == 0) {
-#pragma unroll
-        for (int i = 0; i < 128; ++i) d[i] = 0.0f;
-    }
+    release_stage(shared, last_stage);
 }
 
 template <Gemm kGemm>
@@ -54,7 +57,7 @@ __device__ void math_role(SharedStorage& shared, const GemmParams& params, int w
     using Traits = GemmTraits<kGemm>;
     constexpr bool kUsesWeights = kGemm == Gemm::kFc1 || kGemm == Gemm::kDgrad2;
     const int warp = (threadIdx.x / 32) & 3;
-    const int warp_row = warpgroup * kWarpgroupM + warp * kChunkRows;
+    const int warp_row = warpgroup * kWarpgroupM + warp * kWarpRows;
     const int n_tiles = ceil_div(params.n_extent, Traits::kColumns);
     Staging staging(shared, warpgroup * 4 + warp);
     StageCursor stages;
@@ -70,25 +73,30 @@ __device__ void math_role(SharedStorage& shared, const GemmParams& params, int w
                             n_tile * Traits::kColumns, n_tile};
         // Compute goes by 64 rows: a warpgroup works when its first row exists.
         const bool works = tile_row + warpgroup * kWarpgroupM < rows && n_tile < n_tiles;
-        float2 p = {0.0f, 0.0f};
-        if (kUsesWeights && works) p = row_weights(params, tile);
+        if (!works) {
+            skip(shared, params, slot.k_blocks + (kGemm == Gemm::kDgrad2 ? dswiglu_stages(params, unit) : 0), stages);
+            continue;
+        }
+        if (Traits::kIsWgrad && slot.k_blocks == 0) {
+            zero_gradient(params, tile, slot.expert);
+            continue;
+        }
         float d[128];
-        multiply<kGemm>(shared, params, warpgroup, slot.k_blocks, works, stages, d);
-        if constexpr (kGemm == Gemm::kDgrad2) {
-            dswiglu_epilogue(shared, params, tile, warp_row, p, d, works ? dswiglu_chunks(params, n_tile) : 0,
+        const int last_stage = multiply<kGemm>(shared, params, warpgroup, slot.k_blocks, stages, d);
+        // What the epilogue reads from memory is asked for while the last step runs.
+        const float2 p = kUsesWeights ? row_weights(params, tile) : float2{0.0f, 0.0f};
+        finish_multiply(shared, last_stage, d);
+        if constexpr (kGemm == Gemm::kFc1) {
+            swiglu_epilogue(params, staging, tile, p, d);
+        } else if constexpr (kGemm == Gemm::kDgrad2) {
+            dswiglu_epilogue(shared, params, tile, warp_row, p, d, dswiglu_chunks(params, n_tile),
                              dswiglu_stages(params, unit), stages);
-        } else if (works) {
-            if constexpr (kGemm == Gemm::kFc1) {
-                swiglu_epilogue(params, staging, tile, p, d);
-            } else if constexpr (kGemm == Gemm::kWgrad) {
-                wgrad_epilogue(params, staging, tile, params.expert_maps + slot.expert, d);
-            } else {
-                store_epilogue(params, staging, tile, d);
-            }
+        } else if constexpr (kGemm == Gemm::kWgrad) {
+            wgrad_epilogue(params, staging, tile, slot.expert, d);
+        } else {
+            store_epilogue(params, staging, tile, d);
         }
     }
-    // Everything stored is performed before the CTA exits.
-    if (first_lane()) ptx::tma_store_wait_all();
 }
 
 }  // namespace megamoe

@@ -14,9 +14,10 @@ constexpr int kMathWarpgroups = 2;
 constexpr int kMathWarps = 4 * kMathWarpgroups;
 constexpr int kThreads = 128 * (1 + kMathWarpgroups);
 constexpr int kClusterSize = 2;
-constexpr int kChunkRows = 16;                     // rows of a warp in its warpgroup's tile
-constexpr int kChunkBytes = kChunkRows * 128;      // what one TMA store takes: 16 rows of 128 bytes
-constexpr int kStagingChunks = 2;                  // per math warp
+constexpr int kWarpRows = 16;                 // rows of a math warp
+constexpr int kChunkColumns = 64;             // bf16 columns of a staged chunk: 128 bytes a row
+constexpr int kChunkBytes = kWarpRows * 128;
+constexpr int kStagingChunks = 2;             // per math warp
 
 // Registers per thread. The launch bound gives 168; the producer warpgroup hands its share to the math warpgroups.
 constexpr int kProducerRegisters = 40;

@@ -1,0 +1,151 @@
+"""The CUDA extension's operators: loading, tensor maps and the six grouped products. No policy.
+
+Legend of shapes: L local experts, M rows of a row pool (every expert's segment starts at a multiple of ROW_TILE),
+H hidden size, I expert intermediate size. Activations and weights are bf16, weight gradients fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import extension
+
+ROW_TILE = 128
+DEFAULT_DEADLINE_S = 600.0
+
+
+class Gemm(IntEnum):
+    """csrc/roles/gemm_params.cuh: enum class Gemm."""
+
+    FC1 = 0
+    FC2 = 1
+    DGRAD2 = 2
+    DGRAD1 = 3
+    WGRAD = 4
+
+
+class MapKind(IntEnum):
+    """csrc/host/tensor_map.hpp: enum class MapKind; the kinds that describe per-expert matrices."""
+
+    WEIGHT = 1  # right operand of fc1 and fc2
+    WEIGHT_MN = 2  # right operand of dgrad1 and dgrad2
+
+
+@cache
+def load() -> None:
+    """Loads the extension into torch once. RuntimeError where it is not built."""
+    files = extension.built_files()
+    if len(files) != 1:
+        raise RuntimeError(f"the CUDA extension cannot be loaded: {extension.fused_missing()}")
+    torch.ops.load_library(str(files[0]))
+
+
+def expert_maps(matrices: Sequence[Tensor], kind: MapKind) -> Tensor:
+    """Tensor maps of one matrix per expert, wherever each lies.
+
+    matrices: L bf16 tensors of one shape [rows, cols] on one CUDA device, contiguous, 16-byte aligned.
+    Returns uint8 [L, 128] on that device. Valid as long as the matrices stay where they are.
+    """
+    load()
+    check_matrices(matrices, torch.bfloat16)
+    rows, cols = matrices[0].shape
+    table = torch.empty(len(matrices), 128, dtype=torch.uint8, pin_memory=True)
+    torch.ops.megamoe.encode_maps(addresses(matrices), rows, cols, int(kind), table)
+    return table.to(matrices[0].device)
+
+
+def gradient_table(gradients: Sequence[Tensor]) -> Tensor:
+    """Addresses of one fp32 gradient per expert, wherever each lies, for `wgrad`. Returns uint8 [L, 8] on their device.
+
+    gradients: L tensors of one shape on one CUDA device, contiguous, 16-byte aligned.
+    """
+    check_matrices(gradients, torch.float32)
+    return addresses(gradients).view(torch.uint8).view(-1, 8).to(gradients[0].device)
+
+
+def addresses(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+
+
+def check_matrices(matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """ValueError naming the first expert whose matrix the kernels cannot take."""
+    shape = matrices[0].shape
+    for index, matrix in enumerate(matrices):
+        if matrix.dtype != dtype or matrix.shape != shape or not matrix.is_contiguous() or matrix.data_ptr() % 16:
+            raise ValueError(
+                f"matrix of expert {index}: {matrix.dtype} {tuple(matrix.shape)}, contiguous={matrix.is_contiguous()},"
+                f" address {matrix.data_ptr():#x}; allowed: contiguous {dtype} {tuple(shape)}, 16-byte aligned"
+            )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How the rows of a pool belong to experts, and how a product is launched."""
+
+    rows: Tensor  # [L] int32 on the device: rows of each expert
+    offset: Tensor  # [L] int32 on the device: first row of each expert, a multiple of ROW_TILE
+    num_sms: int = 0  # SMs to use; 0: all
+    deadline_s: float = DEFAULT_DEADLINE_S
+
+    @classmethod
+    def of(cls, rows: Sequence[int], device: torch.device | str, **launch) -> tuple[Groups, int]:
+        """Groups for the given row counts, and the rows of their pool with its padding."""
+        counts = torch.tensor(list(rows), dtype=torch.int32)
+        padded = (counts + ROW_TILE - 1) // ROW_TILE * ROW_TILE
+        offset = torch.cumsum(padded, 0, dtype=torch.int32) - padded
+        return cls(counts.to(device), offset.to(device), **launch), int(padded.sum())
+
+
+def _launch(gemm, groups, a, maps, *, b=None, h=None, out=None, act=None, row_weights=None, dp_partials=None,
+            m=0, n=0, k=0, clamp=None, accumulate=False):  # fmt: skip
+    claims = torch.empty(1, dtype=torch.int32, device=a.device)
+    torch.ops.megamoe.grouped_gemm(
+        int(gemm), a, b, h, out, act, maps, groups.rows, groups.offset, row_weights, dp_partials, claims, m, n, k,
+        float("inf") if clamp is None else float(clamp), accumulate, groups.num_sms, int(groups.deadline_s * 1e9), 0,
+        torch.cuda.current_stream(a.device).cuda_stream,
+    )  # fmt: skip
+
+
+def fc1(x: Tensor, maps: Tensor, groups: Groups, row_weights: Tensor, h: Tensor, act: Tensor, clamp=None) -> None:
+    """h = x fc1^T (bf16), act = p silu(g') u' from the rounded h.
+
+    x [M, H], maps of fc1 (MapKind.WEIGHT, [2I, H]), row_weights p [M] fp32, h [M, 2I] and act [M, I] written.
+    """
+    _launch(Gemm.FC1, groups, x, maps, out=h, act=act, row_weights=row_weights, n=act.shape[1], k=x.shape[1],
+            clamp=clamp)  # fmt: skip
+
+
+def fc2(act: Tensor, maps: Tensor, groups: Groups, y: Tensor) -> None:
+    """y = act fc2^T. act [M, I], maps of fc2 (MapKind.WEIGHT, [H, I]), y [M, H] written."""
+    _launch(Gemm.FC2, groups, act, maps, out=y, n=y.shape[1], k=act.shape[1])
+
+
+def dgrad2(dy: Tensor, maps: Tensor, groups: Groups, h: Tensor, row_weights: Tensor, dh: Tensor, act: Tensor,
+           dp_partials: Tensor, clamp=None) -> None:  # fmt: skip
+    """da_bar = dy fc2, then dSwiGLU: dh, act again, and each row's <da_bar, silu(g')u'> in parts.
+
+    dy [M, H], maps of fc2 (MapKind.WEIGHT_MN, [H, I]), h [M, 2I]; written: dh [M, 2I], act [M, I],
+    dp_partials [M, ceil(I / 256)] fp32, to be summed in ascending order.
+    """
+    _launch(Gemm.DGRAD2, groups, dy, maps, h=h, out=dh, act=act, row_weights=row_weights, dp_partials=dp_partials,
+            n=act.shape[1], k=dy.shape[1], clamp=clamp)  # fmt: skip
+
+
+def dgrad1(dh: Tensor, maps: Tensor, groups: Groups, dx: Tensor) -> None:
+    """dx = dh fc1. dh [M, 2I], maps of fc1 (MapKind.WEIGHT_MN, [2I, H]), dx [M, H] written."""
+    _launch(Gemm.DGRAD1, groups, dh, maps, out=dx, n=dx.shape[1], k=dh.shape[1])
+
+
+def wgrad(dout: Tensor, inputs: Tensor, table: Tensor, groups: Groups, accumulate: bool = True) -> None:
+    """gradient (+)= dout_rows^T inputs_rows for every expert, in fp32.
+
+    dout [M, out], inputs [M, in]; table: gradient_table of the gradients [out, in]. Rows between an expert's count
+    and the next multiple of 64 must be zero in both.
+    """
+    _launch(Gemm.WGRAD, groups, dout, table, b=inputs, m=dout.shape[1], n=inputs.shape[1], accumulate=accumulate)

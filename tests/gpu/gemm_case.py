@@ -1,0 +1,111 @@
+"""Inputs, fp64 oracle and the plain bf16 computation for the grouped products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megamoe_train import ops
+
+
+def swiglu64(h: Tensor, p: Tensor, clamp: float | None, da_bar: Tensor | None = None):
+    """a from h [rows, 2I] in h's dtype; with da_bar also (dh, dp). DESIGN section 2, written out."""
+    g, u = h.chunk(2, dim=-1)
+    limit = float("inf") if clamp is None else clamp
+    gc = torch.where(g > limit, torch.full_like(g, limit), g)
+    uc = torch.where(u > limit, torch.full_like(u, limit), torch.where(u < -limit, torch.full_like(u, -limit), u))
+    sig = torch.sigmoid(gc)
+    silu = gc * sig
+    act = p[:, None] * silu * uc
+    if da_bar is None:
+        return act
+    da = p[:, None] * da_bar
+    dg = da * uc * (sig + silu * (1 - sig)) * ~(g > limit)
+    du = da * silu * ~(u.abs() > limit)
+    return act, torch.cat([dg, du], -1), (da_bar * silu * uc).sum(-1)
+
+
+@dataclass
+class Case:
+    """One layer's pools on the GPU. Rows between an expert's count and its padding are zero in the inputs."""
+
+    rows: list[int]
+    hidden: int
+    inter: int
+    clamp: float | None = None
+    scale: float = 1.0
+    seed: int = 0
+    num_sms: int = 0
+    groups: ops.Groups = field(init=False)
+    pool_rows: int = field(init=False)
+
+    def __post_init__(self):
+        gen = torch.Generator("cuda").manual_seed(self.seed)
+        self.groups, self.pool_rows = ops.Groups.of(self.rows, "cuda", num_sms=self.num_sms, deadline_s=4.0)
+        count, hidden, inter = len(self.rows), self.hidden, self.inter
+
+        def normal(*shape, std=1.0):
+            return (torch.randn(*shape, device="cuda", generator=gen) * std).bfloat16()
+
+        mask = torch.zeros(self.pool_rows, 1, dtype=torch.bfloat16, device="cuda")
+        for begin, rows in self.segments():
+            mask[begin : begin + rows] = 1
+        self.x = normal(self.pool_rows, hidden) * mask
+        self.dy = normal(self.pool_rows, hidden) * mask
+        self.fc1 = [normal(2 * inter, hidden, std=self.scale * hidden**-0.5) for _ in range(count)]
+        self.fc2 = [normal(hidden, inter, std=inter**-0.5) for _ in range(count)]
+        self.p = torch.rand(self.pool_rows, device="cuda", generator=gen)
+
+    def segments(self):
+        begin = 0
+        for rows in self.rows:
+            yield begin, rows
+            begin += (rows + ops.ROW_TILE - 1) // ops.ROW_TILE * ops.ROW_TILE
+
+    def poisoned(self, *shape, dtype=torch.bfloat16) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+
+    def run_kernels(self, accumulate: bool = True) -> dict[str, Tensor]:
+        """All six products, each on the result of the one before; outputs poisoned first."""
+        M, H, I = self.pool_rows, self.hidden, self.inter  # noqa: E741
+        kinds, g = ops.MapKind, self.groups
+        out = {"h": self.poisoned(M, 2 * I), "a": self.poisoned(M, I), "y": self.poisoned(M, H)}
+        out |= {"dh": self.poisoned(M, 2 * I), "a2": self.poisoned(M, I), "dx": self.poisoned(M, H)}
+        partials = self.poisoned(M, -(-I // 256), dtype=torch.float32)
+        fill = torch.ones if accumulate else self.poisoned
+        kw = {"device": "cuda"} if accumulate else {}
+        out["dfc1"] = fill(len(self.rows), 2 * I, H, dtype=torch.float32, **kw)
+        out["dfc2"] = fill(len(self.rows), H, I, dtype=torch.float32, **kw)
+        ops.fc1(self.x, ops.expert_maps(self.fc1, kinds.WEIGHT), g, self.p, out["h"], out["a"], self.clamp)
+        ops.fc2(out["a"], ops.expert_maps(self.fc2, kinds.WEIGHT), g, out["y"])
+        ops.dgrad2(self.dy, ops.expert_maps(self.fc2, kinds.WEIGHT_MN), g, out["h"], self.p, out["dh"], out["a2"],
+                   partials, self.clamp)  # fmt: skip
+        ops.dgrad1(out["dh"], ops.expert_maps(self.fc1, kinds.WEIGHT_MN), g, out["dx"])
+        ops.wgrad(out["dh"], self.x, ops.gradient_table(list(out["dfc1"])), g, accumulate)
+        ops.wgrad(self.dy, out["a"], ops.gradient_table(list(out["dfc2"])), g, accumulate)
+        out["dp"] = partials.sum(-1)
+        return out
+
+    def oracle(self, expert: int, ours: dict[str, Tensor], accumulate: bool = True, dtype=torch.float64):
+        """Each product of one expert from the inputs our kernel had (ours' h, a, dh), in `dtype`, unrounded."""
+        begin, rows = list(self.segments())[expert]
+        part = slice(begin, begin + rows)
+
+        def to(t):
+            return t.to(dtype)
+
+        fc1, fc2 = to(self.fc1[expert]), to(self.fc2[expert])
+        x, dy, p = to(self.x[part]), to(self.dy[part]), to(self.p[part])
+        base = 1.0 if accumulate else 0.0
+        act, dh, dp = swiglu64(to(ours["h"][part]), p, self.clamp, dy @ fc2)
+        return {
+            "h": x @ fc1.t(), "a": act, "y": to(ours["a"][part]) @ fc2.t(), "dh": dh, "a2": act, "dp": dp,
+            "dx": to(ours["dh"][part]) @ fc1, "dfc1": base + to(ours["dh"][part]).t() @ x,
+            "dfc2": base + dy.t() @ to(ours["a"][part]),
+        }  # fmt: skip
+
+    def ours_of(self, expert: int, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+        begin, rows = list(self.segments())[expert]
+        return {k: v[expert] if k.startswith("dfc") else v[begin : begin + rows] for k, v in ours.items()}

@@ -1,0 +1,95 @@
+"""The six grouped products on a GPU: against fp64, bitwise repeatable, independent of the SM count, any group sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .gemm_case import Case
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "even": dict(rows=[256, 256], hidden=512, inter=256),
+    "uneven": dict(rows=[1, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257, 400], hidden=512, inter=256),
+    "empty experts": dict(rows=[0, 300, 0, 0, 70, 0], hidden=256, inter=128),
+    "odd column tiles": dict(rows=[130, 200, 40, 600], hidden=768, inter=384, clamp=1.0),
+    "clamp hit": dict(rows=[500, 90], hidden=512, inter=512, clamp=2.0, scale=4.0),
+    "many experts": dict(rows=[(37 * i) % 200 for i in range(96)], hidden=256, inter=128),
+    "long reduction": dict(rows=[3000, 100], hidden=1024, inter=768),
+}
+FP32_RESULTS = ("dfc1", "dfc2", "dp")
+
+
+def rel(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_close(name, got, want, plain):
+    """The 2x rule of DESIGN section 8: at most twice the error of the same computation in plain torch."""
+    assert torch.isfinite(got.double()).all(), f"{name}: not every element was written, or not finite"
+    floor = 2.0**-22 if name in FP32_RESULTS else 2.0**-9
+    allowed = 2 * max(rel(plain, want), floor)
+    assert rel(got, want) <= allowed, f"{name}: rel-L2 {rel(got, want):.3e} > {allowed:.3e}"
+    ulp = want.abs().max().item() * (2.0**-22 if name in FP32_RESULTS else 2.0**-8)
+    worst, plain_worst = (got.double() - want).abs().max().item(), (plain.double() - want).abs().max().item()
+    assert worst <= 2 * plain_worst + ulp, f"{name}: max error {worst:.3e}, plain {plain_worst:.3e}, ulp {ulp:.3e}"
+
+
+def plain_torch(case, expert, ours, accumulate):
+    """bf16 operands are exact in TF32, so this is the tensor cores' own arithmetic with fp32 accumulators."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return case.oracle(expert, ours, accumulate, dtype=torch.float32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("accumulate", [True, False], ids=["add", "first write"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_fp64(shape, accumulate):
+    case = Case(**SHAPES[shape], seed=hash(shape) % 1000)
+    ours = case.run_kernels(accumulate)
+    for expert, rows in enumerate(case.rows):
+        got, want = case.ours_of(expert, ours), case.oracle(expert, ours, accumulate)
+        plain = plain_torch(case, expert, ours, accumulate)
+        if rows == 0:
+            base = float(accumulate)
+            assert (got["dfc1"] == base).all() and (got["dfc2"] == base).all()
+            continue
+        for name, value in want.items():
+            rounded = plain[name] if name in FP32_RESULTS else plain[name].bfloat16()
+            assert_close(f"{shape}: expert {expert} {name}", got[name], value, rounded)
+        assert torch.equal(got["a"], got["a2"]), "the recomputed a differs from forward's"
+
+
+@pytest.mark.parametrize("num_sms", [2, 14, 100])
+def test_bitwise_for_any_sm_count(num_sms):
+    shape = SHAPES["uneven"]
+    whole, again = Case(**shape).run_kernels(), Case(**shape).run_kernels()
+    part = Case(**shape, num_sms=num_sms).run_kernels()
+    case = Case(**shape)
+    for expert in range(len(shape["rows"])):
+        first, second, third = (case.ours_of(expert, out) for out in (whole, again, part))
+        for name in first:
+            assert torch.equal(first[name], second[name]), f"{name} differs between two runs"
+            assert torch.equal(first[name], third[name]), f"{name} differs with {num_sms} SMs"
+
+
+def test_gradients_at_arbitrary_addresses():
+    """wgrad adds into buffers that are views of one flat tensor, in reverse order, as Megatron's main_grad are."""
+    from megamoe_train import ops
+
+    case = Case(rows=[100, 0, 333], hidden=256, inter=128)
+    flat = torch.ones(3 * 256 * 256 + 3 * 16, device="cuda")
+    size = 256 * 256
+    views = [flat[i * (size + 16) : i * (size + 16) + size].view(256, 256) for i in (2, 1, 0)]
+    dout = torch.randn(case.pool_rows, 256, device="cuda").bfloat16() * (case.x[:, :1] != 0)
+    ops.wgrad(dout, case.x, ops.gradient_table(views), case.groups)
+    for expert, (begin, rows) in enumerate(case.segments()):
+        part = slice(begin, begin + rows)
+        want = 1 + dout[part].double().t() @ case.x[part].double()
+        assert rel(views[expert], want) < 1e-5
+    gaps = torch.cat([flat[i * (size + 16) + size : (i + 1) * (size + 16)] for i in range(3)])
+    assert (gaps == 1).all(), "something was written between the gradients"
