@@ -57,7 +57,7 @@ void encode_maps(Tensor pointers, int64_t rows, int64_t cols, int64_t kind, Tens
 }
 
 void grouped_gemm(int64_t gemm, Tensor a, OptionalTensor b, OptionalTensor h, OptionalTensor out, OptionalTensor act,
-                  Tensor expert_table, Tensor expert_rows, Tensor expert_offset, OptionalTensor row_weights,
+                  Tensor expert_maps, OptionalTensor gradients, Tensor expert_rows, Tensor expert_offset, OptionalTensor row_weights,
                   OptionalTensor dp_partials, Tensor claims, int64_t m_extent, int64_t n_extent, int64_t k_extent,
                   double limit, bool accumulate, int64_t num_sms, int64_t deadline_ns, int64_t wait_record,
                   int64_t stream) {
@@ -66,9 +66,10 @@ void grouped_gemm(int64_t gemm, Tensor a, OptionalTensor b, OptionalTensor h, Op
     STD_TORCH_CHECK(rows % 128 == 0 && rows < int64_t{1} << 31, "megamoe: pool rows must be a multiple of 128, are ",
                     rows);
     STD_TORCH_CHECK(!row_weights || row_weights->numel() >= rows, "megamoe: row_weights needs one weight a row");
-    const int64_t entry = gemm == static_cast<int64_t>(megamoe::kWgradCode) ? 8 : int64_t{sizeof(CUtensorMap)};
-    expect(expert_table, ScalarType::Byte, "expert_table");
-    STD_TORCH_CHECK(expert_table.numel() == num_experts * entry, "megamoe: expert_table must be [L, ", entry, "]");
+    expect(expert_maps, ScalarType::Byte, "expert_maps");
+    STD_TORCH_CHECK(expert_maps.numel() == num_experts * int64_t{sizeof(CUtensorMap)}, "megamoe: expert_maps must be [L, 128]");
+    if (gradients) expect(*gradients, ScalarType::Long, "gradients");
+    STD_TORCH_CHECK(!gradients || gradients->numel() == num_experts, "megamoe: gradients must be [L]");
     megamoe::GroupedGemmArgs args{};
     args.gemm = static_cast<int>(gemm);
     args.a = pool(a, rows, "a");
@@ -77,9 +78,11 @@ void grouped_gemm(int64_t gemm, Tensor a, OptionalTensor b, OptionalTensor h, Op
     args.b_cols = b ? b->size(1) : 0;
     args.h = pool(h, rows, "h");
     args.out = pool(out, rows, "out");
+    args.out_cols = out ? out->size(1) : 0;
     args.act = pool(act, rows, "act");
     args.pool_rows = rows;
-    args.expert_table = expert_table.data_ptr();
+    args.expert_maps = expert_maps.data_ptr();
+    args.gradients = gradients ? static_cast<float* const*>(gradients->data_ptr()) : nullptr;
     args.expert_rows = ints(expert_rows, 1, "expert_rows");
     args.expert_offset = ints(expert_offset, num_experts, "expert_offset");
     args.num_experts = static_cast<int>(num_experts);
@@ -103,8 +106,8 @@ void grouped_gemm(int64_t gemm, Tensor a, OptionalTensor b, OptionalTensor h, Op
 STABLE_TORCH_LIBRARY(megamoe, m) {
     m.def("encode_maps(Tensor pointers, int rows, int cols, int kind, Tensor(a!) out) -> ()");
     m.def(
-        "grouped_gemm(int gemm, Tensor a, Tensor? b, Tensor? h, Tensor(a!)? out, Tensor(b!)? act, Tensor expert_table,"
-        " Tensor expert_rows, Tensor expert_offset, Tensor? row_weights, Tensor(c!)? dp_partials, Tensor(d!) claims,"
+        "grouped_gemm(int gemm, Tensor a, Tensor? b, Tensor? h, Tensor(a!)? out, Tensor(b!)? act, Tensor expert_maps,"
+        " Tensor? gradients, Tensor expert_rows, Tensor expert_offset, Tensor? row_weights, Tensor(c!)? dp_partials, Tensor(d!) claims,"
         " int m_extent, int n_extent, int k_extent, float limit, bool accumulate, int num_sms, int deadline_ns,"
         " int wait_record, int stream) -> ()");
 }

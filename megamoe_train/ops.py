@@ -35,6 +35,7 @@ class MapKind(IntEnum):
 
     WEIGHT = 1  # right operand of fc1 and fc2
     WEIGHT_MN = 2  # right operand of dgrad1 and dgrad2
+    GRADIENT = 5  # fp32 result of a wgrad
 
 
 @cache
@@ -49,24 +50,29 @@ def load() -> None:
 def expert_maps(matrices: Sequence[Tensor], kind: MapKind) -> Tensor:
     """Tensor maps of one matrix per expert, wherever each lies.
 
-    matrices: L bf16 tensors of one shape [rows, cols] on one CUDA device, contiguous, 16-byte aligned.
+    matrices: L tensors of one shape [rows, cols] on one CUDA device, contiguous, 16-byte aligned; bf16, or fp32 for
+    MapKind.GRADIENT.
     Returns uint8 [L, 128] on that device. Valid as long as the matrices stay where they are.
     """
     load()
-    check_matrices(matrices, torch.bfloat16)
+    check_matrices(matrices, torch.float32 if kind == MapKind.GRADIENT else torch.bfloat16)
     rows, cols = matrices[0].shape
     table = torch.empty(len(matrices), 128, dtype=torch.uint8, pin_memory=True)
     torch.ops.megamoe.encode_maps(addresses(matrices), rows, cols, int(kind), table)
     return table.to(matrices[0].device)
 
 
-def gradient_table(gradients: Sequence[Tensor]) -> Tensor:
-    """Addresses of one fp32 gradient per expert, wherever each lies, for `wgrad`. Returns uint8 [L, 8] on their device.
+@dataclass(frozen=True)
+class GradientTable:
+    """Where the fp32 gradients of a layer lie. Valid as long as they stay there."""
 
-    gradients: L tensors of one shape on one CUDA device, contiguous, 16-byte aligned.
-    """
-    check_matrices(gradients, torch.float32)
-    return addresses(gradients).view(torch.uint8).view(-1, 8).to(gradients[0].device)
+    maps: Tensor  # uint8 [L, 128] on the device
+    addresses: Tensor  # int64 [L] on the device
+
+    @classmethod
+    def of(cls, gradients: Sequence[Tensor]) -> GradientTable:
+        """gradients: L fp32 tensors [out, in] on one CUDA device, wherever each lies; contiguous, 16-byte aligned."""
+        return cls(expert_maps(gradients, MapKind.GRADIENT), addresses(gradients).to(gradients[0].device))
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
@@ -103,10 +109,10 @@ class Groups:
 
 
 def _launch(gemm, groups, a, maps, *, b=None, h=None, out=None, act=None, row_weights=None, dp_partials=None,
-            m=0, n=0, k=0, clamp=None, accumulate=False):  # fmt: skip
+            gradients=None, m=0, n=0, k=0, clamp=None, accumulate=False):  # fmt: skip
     claims = torch.empty(1, dtype=torch.int32, device=a.device)
     torch.ops.megamoe.grouped_gemm(
-        int(gemm), a, b, h, out, act, maps, groups.rows, groups.offset, row_weights, dp_partials, claims, m, n, k,
+        int(gemm), a, b, h, out, act, maps, gradients, groups.rows, groups.offset, row_weights, dp_partials, claims, m, n, k,
         float("inf") if clamp is None else float(clamp), accumulate, groups.num_sms, int(groups.deadline_s * 1e9), 0,
         torch.cuda.current_stream(a.device).cuda_stream,
     )  # fmt: skip
@@ -142,10 +148,10 @@ def dgrad1(dh: Tensor, maps: Tensor, groups: Groups, dx: Tensor) -> None:
     _launch(Gemm.DGRAD1, groups, dh, maps, out=dx, n=dx.shape[1], k=dh.shape[1])
 
 
-def wgrad(dout: Tensor, inputs: Tensor, table: Tensor, groups: Groups, accumulate: bool = True) -> None:
+def wgrad(dout: Tensor, inputs: Tensor, table: GradientTable, groups: Groups, accumulate: bool = True) -> None:
     """gradient (+)= dout_rows^T inputs_rows for every expert, in fp32.
 
-    dout [M, out], inputs [M, in]; table: gradient_table of the gradients [out, in]. Rows between an expert's count
+    dout [M, out], inputs [M, in]; table: the gradients [out, in]. Rows between an expert's count
     and the next multiple of 64 must be zero in both.
     """
-    _launch(Gemm.WGRAD, groups, dout, table, b=inputs, m=dout.shape[1], n=inputs.shape[1], accumulate=accumulate)
+    _launch(Gemm.WGRAD, groups, dout, table.maps, gradients=table.addresses, b=inputs, m=dout.shape[1], n=inputs.shape[1], accumulate=accumulate)

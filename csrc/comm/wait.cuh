@@ -5,7 +5,7 @@
 namespace megamoe {
 
 // What a warp was waiting for; wait_names in megamoe_train/ops.py holds the same list.
-enum class Waiting : int { kUnit = 1, kUnitSlotFree = 2, kStageFull = 3, kStageFree = 4 };
+enum class Waiting : int { kUnit = 1, kUnitSlotFree = 2, kStageFull = 3, kStageFree = 4, kOutputFull = 5 };
 
 // Lives in mapped pinned host memory; `claimed` is taken by the first expiry.
 struct WaitRecord {
@@ -53,6 +53,11 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity, const D
     // Two tries suspend for up to the hardware's time limit each; only then is the clock read.
     if (ptx::mbarrier_try_wait(barrier, parity) || ptx::mbarrier_try_wait(barrier, parity)) return;
     wait_slow(barrier, parity, deadline, what);
+}
+
+__device__ __forceinline__ void spin(int cycles) {
+    const long long start = clock64();
+    while (clock64() - start < cycles) {}
 }
 
 }  // namespace megamoe

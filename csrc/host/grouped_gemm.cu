@@ -9,8 +9,6 @@
 namespace megamoe {
 namespace {
 
-static_assert(kWgradCode == static_cast<int>(Gemm::kWgrad));
-
 void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess) {
         throw std::runtime_error(std::string("megamoe: ") + what + ": " + cudaGetErrorString(error));
@@ -57,15 +55,11 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
         params.a = make_tensor_map(is_wgrad ? MapKind::kOperandMN : MapKind::kActivation, args.a, rows, args.a_cols);
         params.b = is_wgrad ? make_tensor_map(MapKind::kWeightMN, args.b, rows, args.b_cols)
                             : map_or_empty(MapKind::kWeight, args.h, rows, 2 * int64_t{args.n_extent});
+        params.out = map_or_empty(MapKind::kOutput, args.out, rows, args.out_cols);
+        params.act = map_or_empty(MapKind::kOutput, args.act, rows, args.n_extent);
     }
-    // A wgrad's table holds addresses, the others' tables hold tensor maps.
-    if (is_wgrad) {
-        params.gradients = static_cast<float* const*>(args.expert_table);
-    } else {
-        params.expert_maps = static_cast<const CUtensorMap*>(args.expert_table);
-    }
-    params.out = static_cast<__nv_bfloat16*>(args.out);
-    params.act = static_cast<__nv_bfloat16*>(args.act);
+    params.expert_maps = static_cast<const CUtensorMap*>(args.expert_maps);
+    params.gradients = args.gradients;
     params.expert_rows = args.expert_rows;
     params.expert_offset = args.expert_offset;
     params.row_weights = args.row_weights;

@@ -6,8 +6,6 @@
 
 namespace megamoe {
 
-constexpr int kWgradCode = 4;  // Gemm::kWgrad, for callers that cannot include device headers
-
 struct GroupedGemmArgs {
     int gemm;  // Gemm
 
@@ -18,11 +16,13 @@ struct GroupedGemmArgs {
     int64_t b_cols;
     const void* h;
     void* out;
+    int64_t out_cols;
     void* act;
     int64_t pool_rows;
 
     // Per expert, in device memory.
-    const void* expert_table;  // tensor maps of the weights; for a wgrad, addresses of the gradients
+    const void* expert_maps;   // tensor maps of the weights, or of the gradients
+    float* const* gradients;   // wgrad: their addresses
     const int* expert_rows;
     const int* expert_offset;
     int num_experts;

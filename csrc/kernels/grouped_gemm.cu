@@ -23,6 +23,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
         if (warp_index() == 0) loader_role<kGemm>(shared, params, rank);
         if (warp_index() == 1 && rank == 0) scheduler_role<kGemm>(shared, params);
+        if (warp_index() >= 2) storer_role<kGemm>(shared, params, warp_index() - 2, rank);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
         math_role<kGemm>(shared, params, warpgroup_index() - 1, rank);

@@ -31,10 +31,10 @@ struct GemmTraits {
 struct GemmParams {
     CUtensorMap a;                   // left operand: a row pool
     CUtensorMap b;                   // wgrad: right operand, a row pool; dgrad2: h, for the epilogue
-    const CUtensorMap* expert_maps;  // [L] weights; not for wgrad
+    CUtensorMap out;                 // h (fc1), y rows (fc2), dh (dgrad2), dx rows (dgrad1)
+    CUtensorMap act;                 // a (fc1, dgrad2)
+    const CUtensorMap* expert_maps;  // [L] weights, or gradients for wgrad
     float* const* gradients;         // [L] wgrad: where each expert's gradient lies
-    __nv_bfloat16* out;              // h (fc1), y rows (fc2), dh (dgrad2), dx rows (dgrad1)
-    __nv_bfloat16* act;              // a (fc1, dgrad2)
     const int* expert_rows;          // [L]
     const int* expert_offset;        // [L] first row of each expert in the pools
     const float* row_weights;        // [M] p of each row

@@ -2,7 +2,7 @@
 // operand that both CTAs of the cluster need, multicast to both.
 #pragma once
 #include "ptx/tma.cuh"
-#include "roles/dswiglu.cuh"
+#include "roles/output.cuh"
 
 namespace megamoe {
 
@@ -71,22 +71,25 @@ __device__ __forceinline__ void load_stage(SharedStorage& shared, const GemmPara
     }
 }
 
-// dgrad2's epilogue reads h: its chunks travel through the ring behind the operands.
-__device__ __forceinline__ void load_h(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot, int rank,
-                                       StageCursor& cursor) {
-    const Unit unit{slot.m_tile, slot.n_tile, slot.n_pair != 0};
-    const int first_column = n_tile_of(unit, rank) * kTileN;
-    const int row = slot.row_begin + m_tile_of(unit, rank) * kTileM;
-    const int stages = dswiglu_stages(params, unit);
-    for (int chunk = 0; chunk < stages; ++chunk) {
+// The stages behind the operands: granted empty, or for dgrad2 with the h that its epilogue reads.
+template <Gemm kGemm>
+__device__ __forceinline__ void grant_outputs(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
+                                              int rank, StageCursor& cursor) {
+    const int stages = output_stages<kGemm>(params, slot);
+    for (int stage = 0; stage < stages; ++stage, cursor.advance()) {
         wait(&shared.stage_free[cursor.index], cursor.parity ^ 1, params.deadline, Waiting::kStageFree);
         uint64_t* full = &shared.stage_full[cursor.index];
-        uint8_t* dst = shared.ring[cursor.index];
-        const int column = first_column + chunk * kChunkColumns;
-        ptx::mbarrier_expect(full, 2 * kBytesA);
-        ptx::tma_load_2d(dst, &params.b, full, column, row, ptx::kEvictFirst);
-        ptx::tma_load_2d(dst + kBytesA, &params.b, full, params.n_extent + column, row, ptx::kEvictFirst);
-        cursor.advance();
+        if constexpr (kGemm == Gemm::kDgrad2) {
+            const Unit unit{slot.m_tile, slot.n_tile, slot.n_pair != 0};
+            const int row = slot.row_begin + m_tile_of(unit, rank) * kTileM;
+            const int column = n_tile_of(unit, rank) * kTileN + stage * kChunkColumns;
+            uint8_t* dst = shared.ring[cursor.index];
+            ptx::mbarrier_expect(full, 2 * kPartBytes);
+            ptx::tma_load_2d(dst, &params.b, full, column, row, ptx::kEvictFirst);
+            ptx::tma_load_2d(dst + kPartBytes, &params.b, full, params.n_extent + column, row, ptx::kEvictFirst);
+        } else {
+            ptx::mbarrier_arrive(full);
+        }
     }
 }
 
@@ -111,7 +114,7 @@ __device__ void loader_role(SharedStorage& shared, const GemmParams& params, int
             load_stage<kGemm>(shared, params, unit, weights, rank, cursor.index, k_block);
             cursor.advance();
         }
-        if constexpr (kGemm == Gemm::kDgrad2) load_h(shared, params, unit, rank, cursor);
+        grant_outputs<kGemm>(shared, params, unit, rank, cursor);
     }
 }
 

@@ -1,5 +1,5 @@
-// Math role: a warpgroup multiplies its 64 rows of every tile and runs the epilogue. The two warpgroups of a CTA never
-// wait for each other: while one is in its epilogue the other runs ahead through the ring.
+// Math role: a warpgroup multiplies its 64 rows of every tile and drops the results into output stages. The two
+// warpgroups of a CTA never wait for each other.
 #pragma once
 #include "roles/dswiglu.cuh"
 
@@ -54,47 +54,37 @@ __device__ __forceinline__ void finish_multiply(SharedStorage& shared, int last_
 
 template <Gemm kGemm>
 __device__ void math_role(SharedStorage& shared, const GemmParams& params, int warpgroup, int rank) {
-    using Traits = GemmTraits<kGemm>;
     constexpr bool kUsesWeights = kGemm == Gemm::kFc1 || kGemm == Gemm::kDgrad2;
-    const int warp = (threadIdx.x / 32) & 3;
-    const int warp_row = warpgroup * kWarpgroupM + warp * kWarpRows;
-    const int n_tiles = ceil_div(params.n_extent, Traits::kColumns);
-    Staging staging(shared, warpgroup * 4 + warp);
+    const int warp_row = ((threadIdx.x / 32) & 3) * kWarpRows;
+    const WarpPlace place{warpgroup, warpgroup * kWarpgroupM + warp_row};
     StageCursor stages;
     UnitCursor units;
     while (true) {
         const UnitSlot slot = next_unit(shared, units, params.deadline);
         if (slot.expert < 0) break;
-        const Unit unit{slot.m_tile, slot.n_tile, slot.n_pair != 0};
-        const int n_tile = n_tile_of(unit, rank);
-        const int tile_row = m_tile_of(unit, rank) * kTileM;
-        const int rows = Traits::kIsWgrad ? params.m_extent : slot.rows;
-        const TileView tile{tile_row + warp_row + (Traits::kIsWgrad ? 0 : slot.row_begin), rows - tile_row - warp_row,
-                            n_tile * Traits::kColumns, n_tile};
-        // Compute goes by 64 rows: a warpgroup works when its first row exists.
-        const bool works = tile_row + warpgroup * kWarpgroupM < rows && n_tile < n_tiles;
-        if (!works) {
-            skip(shared, params, slot.k_blocks + (kGemm == Gemm::kDgrad2 ? dswiglu_stages(params, unit) : 0), stages);
+        const Share share = share_of<kGemm>(params, slot, rank, warpgroup);
+        const int outputs = output_stages<kGemm>(params, slot);
+        if (!share.works) {
+            skip(shared, params, slot.k_blocks + outputs, stages);
             continue;
         }
-        if (Traits::kIsWgrad && slot.k_blocks == 0) {
-            zero_gradient(params, tile, slot.expert);
+        if (GemmTraits<kGemm>::kIsWgrad && slot.k_blocks == 0) {
+            zero_gradient(params, share, warp_row, params.gradients[slot.expert]);
             continue;
         }
         float d[128];
         const int last_stage = multiply<kGemm>(shared, params, warpgroup, slot.k_blocks, stages, d);
-        // What the epilogue reads from memory is asked for while the last step runs.
-        const float2 p = kUsesWeights ? row_weights(params, tile) : float2{0.0f, 0.0f};
+        // Asked for while the last step runs.
+        const float2 p = kUsesWeights ? row_weights(params, share, warp_row) : float2{0.0f, 0.0f};
         finish_multiply(shared, last_stage, d);
         if constexpr (kGemm == Gemm::kFc1) {
-            swiglu_epilogue(params, staging, tile, p, d);
+            swiglu_epilogue(shared, params, place, p, d, stages);
         } else if constexpr (kGemm == Gemm::kDgrad2) {
-            dswiglu_epilogue(shared, params, tile, warp_row, p, d, dswiglu_chunks(params, n_tile),
-                             dswiglu_stages(params, unit), stages);
+            dswiglu_epilogue(shared, params, share, place, outputs, p, d, stages);
         } else if constexpr (kGemm == Gemm::kWgrad) {
-            wgrad_epilogue(params, staging, tile, slot.expert, d);
+            wgrad_epilogue(shared, params, place, d, stages);
         } else {
-            store_epilogue(params, staging, tile, d);
+            store_epilogue(shared, params, place, d, stages);
         }
     }
 }

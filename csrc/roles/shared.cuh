@@ -14,10 +14,12 @@ constexpr int kMathWarpgroups = 2;
 constexpr int kMathWarps = 4 * kMathWarpgroups;
 constexpr int kThreads = 128 * (1 + kMathWarpgroups);
 constexpr int kClusterSize = 2;
-constexpr int kWarpRows = 16;                 // rows of a math warp
-constexpr int kChunkColumns = 64;             // bf16 columns of a staged chunk: 128 bytes a row
-constexpr int kChunkBytes = kWarpRows * 128;
-constexpr int kStagingChunks = 2;             // per math warp
+constexpr int kWarpRows = 16;  // rows of a math warp
+constexpr int kUnitReaders = kMathWarps + 1 + kMathWarpgroups;  // warps of a CTA that read each unit
+
+// How far the clusters are moved apart at the start (cycles).
+constexpr int kStaggerCycles = 16384;
+constexpr int kStaggerUnits = 8;  // units per cluster below which clusters start together
 
 // Registers per thread. The launch bound gives 168; the producer warpgroup hands its share to the math warpgroups.
 constexpr int kProducerRegisters = 40;
@@ -39,10 +41,10 @@ static_assert(sizeof(UnitSlot) == 32);
 
 struct alignas(1024) SharedStorage {
     uint8_t ring[kStages][kStageBytes];
-    uint8_t staging[kMathWarps][kStagingChunks][kChunkBytes];
     UnitSlot units[kUnitSlots];
     uint64_t stage_full[kStages];
     uint64_t stage_free[kStages];
+    uint64_t output_full[kMathWarpgroups][kStages];
     uint64_t unit_full[kUnitSlots];
     uint64_t unit_free[kUnitSlots];
     int unit_end[kMaxExperts];  // running total of units up to and including expert e (scheduler only)
@@ -60,6 +62,11 @@ struct Cursor {
             parity ^= 1;
         }
     }
+    __device__ __forceinline__ void skip(int steps) {
+        const int to = index + steps;
+        parity ^= (to / kCount) & 1;
+        index = to % kCount;
+    }
 };
 using StageCursor = Cursor<kStages>;
 using UnitCursor = Cursor<kUnitSlots>;
@@ -68,12 +75,13 @@ using UnitCursor = Cursor<kUnitSlots>;
 __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
     for (int i = 0; i < kStages; ++i) {
         ptx::mbarrier_init(&shared.stage_full[i], 1);
-        // Every math warp of both CTAs: a multicast writes into both.
+        for (int w = 0; w < kMathWarpgroups; ++w) ptx::mbarrier_init(&shared.output_full[w][i], 4);
+        // Every math warp of both CTAs (or its storer for it): a multicast writes into both.
         ptx::mbarrier_init(&shared.stage_free[i], kMathWarps * kClusterSize);
     }
     for (int i = 0; i < kUnitSlots; ++i) {
         ptx::mbarrier_init(&shared.unit_full[i], 1);
-        ptx::mbarrier_init(&shared.unit_free[i], (kMathWarps + 1) * kClusterSize);  // math warps and the loader
+        ptx::mbarrier_init(&shared.unit_free[i], kUnitReaders * kClusterSize);
     }
     ptx::fence_mbarrier_init();
 }

@@ -68,8 +68,8 @@ class Layer:
             "fc2": ops.expert_maps(list(self.fc2), kinds.WEIGHT),
             "dgrad2": ops.expert_maps(list(self.fc2), kinds.WEIGHT_MN),
             "dgrad1": ops.expert_maps(list(self.fc1), kinds.WEIGHT_MN),
-            "wgrad1": ops.gradient_table(list(self.grad1)),
-            "wgrad2": ops.gradient_table(list(self.grad2)),
+            "wgrad1": ops.GradientTable.of(list(self.grad1)),
+            "wgrad2": ops.GradientTable.of(list(self.grad2)),
         }
         self.ends = torch.tensor(rows, device="cuda").cumsum(0).int()
 

@@ -83,8 +83,8 @@ class Case:
         ops.dgrad2(self.dy, ops.expert_maps(self.fc2, kinds.WEIGHT_MN), g, out["h"], self.p, out["dh"], out["a2"],
                    partials, self.clamp)  # fmt: skip
         ops.dgrad1(out["dh"], ops.expert_maps(self.fc1, kinds.WEIGHT_MN), g, out["dx"])
-        ops.wgrad(out["dh"], self.x, ops.gradient_table(list(out["dfc1"])), g, accumulate)
-        ops.wgrad(self.dy, out["a"], ops.gradient_table(list(out["dfc2"])), g, accumulate)
+        ops.wgrad(out["dh"], self.x, ops.GradientTable.of(list(out["dfc1"])), g, accumulate)
+        ops.wgrad(self.dy, out["a"], ops.GradientTable.of(list(out["dfc2"])), g, accumulate)
         out["dp"] = partials.sum(-1)
         return out
 

@@ -1,0 +1,162 @@
+// How results leave a CTA. An SM sends at most 32 bytes a cycle, so a tile's results take thousands of cycles to go: they
+// must travel while the next tile is multiplied. Behind a unit's operand stages the ring therefore grants *output
+// stages*: the math warps only drop their results there, and a storer warp per math warpgroup sends them by TMA and then
+// hands the stage back.
+//
+// A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of each.
+//   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
+#pragma once
+#include "ptx/matrix.cuh"
+#include "ptx/tma.cuh"
+#include "roles/gemm_params.cuh"
+
+namespace megamoe {
+
+constexpr int kChunkColumns = 64;             // bf16 columns of a part
+constexpr int kPartBytes = kTileM * 128;
+constexpr int kParts = kStageBytes / kPartBytes;
+static_assert(kParts == 3 && kPartBytes == kBytesA);
+
+constexpr int kGradColumns = 32;                       // fp32 columns of a part
+constexpr int kGradParts = kTileN / kGradColumns;      // of a tile
+
+// Chunks of column tile `n_tile`: fewer than four where I ends inside the tile, none behind its end.
+__device__ __forceinline__ int dswiglu_chunks(const GemmParams& params, int n_tile) {
+    const int left = (params.n_extent - n_tile * kTileN) / kChunkColumns;
+    return max(0, min(kTileN / kChunkColumns, left));
+}
+
+// Output stages of a unit. A stage is free only when both CTAs are done with it, so both walk the same number.
+template <Gemm kGemm>
+__device__ __forceinline__ int output_stages(const GemmParams& params, const UnitSlot& slot) {
+    if constexpr (kGemm == Gemm::kDgrad2) {
+        const Unit unit{slot.m_tile, slot.n_tile, slot.n_pair != 0};
+        return max(dswiglu_chunks(params, n_tile_of(unit, 0)), dswiglu_chunks(params, n_tile_of(unit, 1)));
+    } else if constexpr (kGemm == Gemm::kWgrad) {
+        return slot.k_blocks == 0 ? 0 : ceil_div(kGradParts, kParts);
+    } else {
+        return 2;
+    }
+}
+
+// What one math warpgroup does of a unit.
+struct Share {
+    int64_t row;    // its first row in the row pools (wgrad: in the gradient)
+    int rows_left;  // rows from there to the end of the expert
+    int column;     // first column of the result
+    int n_tile;
+    bool works;     // compute goes by 64 rows: a warpgroup works when its first row exists
+};
+
+template <Gemm kGemm>
+__device__ __forceinline__ Share share_of(const GemmParams& params, const UnitSlot& slot, int rank, int warpgroup) {
+    using Traits = GemmTraits<kGemm>;
+    const Unit unit{slot.m_tile, slot.n_tile, slot.n_pair != 0};
+    const int row = m_tile_of(unit, rank) * kTileM + warpgroup * kWarpgroupM;
+    const int n_tile = n_tile_of(unit, rank);
+    Share share;
+    share.row = row + (Traits::kIsWgrad ? 0 : slot.row_begin);
+    share.rows_left = (Traits::kIsWgrad ? params.m_extent : slot.rows) - row;
+    share.column = n_tile * Traits::kColumns;
+    share.n_tile = n_tile;
+    share.works = share.rows_left > 0 && share.column < params.n_extent;
+    return share;
+}
+
+// --- math warps -------------------------------------------------------------------------------------------------------
+
+// Waits for the next stage behind the operands; the address of this warp's 16 rows in its first part.
+__device__ __forceinline__ uint32_t acquire_output(SharedStorage& shared, const Deadline& deadline, int warp_row,
+                                                   const StageCursor& cursor) {
+    wait(&shared.stage_full[cursor.index], cursor.parity, deadline, Waiting::kStageFull);
+    return ptx::smem_address(shared.ring[cursor.index]) + warp_row * 128;
+}
+
+// Hands the warp's rows of the stage to the storer.
+__device__ __forceinline__ void publish_output(SharedStorage& shared, int warpgroup, StageCursor& cursor) {
+    ptx::fence_async_shared();  // this thread's writes before the TMA unit's reads
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&shared.output_full[warpgroup][cursor.index]);
+    cursor.advance();
+}
+
+// Address of this lane's row of the 8x8 blocks (rows 0-7, 8-15) x (columns 8j, 8j + 8) of a warp's rows of a part.
+__device__ __forceinline__ uint32_t block_address(uint32_t rows, int j) {
+    const int lane = threadIdx.x & 31;
+    const int row = (lane & 7) + ((lane >> 3) & 1) * 8;
+    return rows + ptx::swizzle_128(row, j + (lane >> 4));
+}
+
+// 64 columns of bf16: `fragment(j)` returns the registers of blocks j and j + 1.
+template <typename Fragment>
+__device__ __forceinline__ void put_part(uint32_t rows, Fragment fragment) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        const uint4 v = fragment(j);
+        ptx::store_matrix_x4(block_address(rows, j), v.x, v.y, v.z, v.w);
+    }
+}
+
+// --- storer warps -----------------------------------------------------------------------------------------------------
+
+// One output stage of a warpgroup; `part` is its first part in shared memory.
+template <Gemm kGemm>
+__device__ __forceinline__ void send_stage(const GemmParams& params, const Share& share, const CUtensorMap* gradient,
+                                           int stage, const uint8_t* part) {
+    const int row = static_cast<int>(share.row);
+    if constexpr (kGemm == Gemm::kFc1 || kGemm == Gemm::kDgrad2) {
+        const int column = share.column + stage * kChunkColumns;
+        ptx::tma_store_2d(&params.out, part, column, row);
+        ptx::tma_store_2d(&params.out, part + kPartBytes, params.n_extent + column, row);
+        ptx::tma_store_2d(&params.act, part + 2 * kPartBytes, column, row);
+    } else if constexpr (kGemm == Gemm::kWgrad) {
+        for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
+            const int column = share.column + (stage * kParts + i) * kGradColumns;
+            if (params.accumulate) {
+                ptx::tma_reduce_add_2d(gradient, part + i * kPartBytes, column, row);
+            } else {
+                ptx::tma_store_2d(gradient, part + i * kPartBytes, column, row);
+            }
+        }
+    } else {
+        const int column = share.column + stage * 2 * kChunkColumns;
+        ptx::tma_store_2d(&params.out, part, column, row);
+        ptx::tma_store_2d(&params.out, part + kPartBytes, column + kChunkColumns, row);
+    }
+    ptx::tma_store_commit();
+}
+
+// Storer role: a whole warp for math warpgroup `warpgroup`; one lane issues.
+template <Gemm kGemm>
+__device__ void storer_role(SharedStorage& shared, const GemmParams& params, int warpgroup, int rank) {
+    const bool issues = (threadIdx.x & 31) == 0;
+    StageCursor stages;
+    UnitCursor units;
+    uint32_t laps = 0;  // parity of output_full, a bit per stage
+    while (true) {
+        const UnitSlot slot = next_unit(shared, units, params.deadline);
+        if (slot.expert < 0) break;
+        if (!issues) continue;
+        const Share share = share_of<kGemm>(params, slot, rank, warpgroup);
+        const int outputs = output_stages<kGemm>(params, slot);
+        const int own = kGemm == Gemm::kDgrad2 ? dswiglu_chunks(params, share.n_tile) : outputs;
+        const CUtensorMap* gradient = params.expert_maps + slot.expert;
+        if (GemmTraits<kGemm>::kIsWgrad && outputs > 0) ptx::tensor_map_acquire(gradient);
+        stages.skip(slot.k_blocks);
+        for (int stage = 0; stage < outputs; ++stage, stages.advance()) {
+            if (!share.works || stage >= own) continue;  // handed back by the math warps
+            wait(&shared.output_full[warpgroup][stages.index], laps >> stages.index & 1, params.deadline,
+                 Waiting::kOutputFull);
+            laps ^= 1u << stages.index;
+            send_stage<kGemm>(params, share, gradient, stage, shared.ring[stages.index] + warpgroup * (kPartBytes / 2));
+            ptx::tma_store_wait_read<0>();
+            for (uint32_t cta = 0; cta < kClusterSize; ++cta) {
+                ptx::mbarrier_arrive_cta(&shared.stage_free[stages.index], cta, kMathWarps / kMathWarpgroups);
+            }
+        }
+    }
+    // Everything sent is performed before the CTA exits.
+    if (issues) ptx::tma_store_wait_all();
+}
+
+}  // namespace megamoe
