@@ -194,8 +194,7 @@ BALANCED = dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.
 ROWS = {
     "EP=1": partial(same_as_alltoall, ep_size=1),
     "EP=2": same_as_alltoall,
-    "EP=4": partial(same_as_alltoall, ep_size=4),
-    "one local expert": partial(same_as_alltoall, ep_size=4, num_moe_experts=4),
+    "one local expert": partial(same_as_alltoall, num_moe_experts=2),
     "batch of 3": partial(same_as_alltoall, batch=3),
     "K = 1": partial(same_as_alltoall, moe_router_topk=1, moe_router_score_function="sigmoid"),
     "K = 6, scaled": partial(
@@ -234,9 +233,20 @@ ROWS = {
     "hooks of the modules inside": hooks_of_children,
     "refusals; other dispatchers untouched": refusals_and_others,
 }
-ran = rows.fixture(__name__, world_size=4)
+WIDE = {  # two EP groups side by side, and one of 4 ranks
+    "EP=2, twice": same_as_alltoall,
+    "EP=4": partial(same_as_alltoall, ep_size=4),
+    "EP=4, one local expert": partial(same_as_alltoall, ep_size=4, num_moe_experts=4),
+}
+ran = rows.fixture(__name__, world_size=2)
+ran_wide = rows.fixture(__name__, world_size=4, table="WIDE")
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_layer(ran, row):
     ran.check(row)
+
+
+@pytest.mark.parametrize("row", WIDE)
+def test_layer_on_four_ranks(ran_wide, row):
+    ran_wide.check(row)
