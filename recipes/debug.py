@@ -68,9 +68,10 @@ _ROUTER = {
     "moe-router-topk-scaling-factor": 1.5,
     "moe-router-dtype": "fp32",
     "moe-router-enable-expert-bias": True,
-    "moe-router-bias-update-rate": 1e-3,
+    # V4 takes 1e-3 and 1e-4, for a million steps; in 400 the experts must even out sooner.
+    "moe-router-bias-update-rate": 1e-2,
     "moe-router-load-balancing-type": "seq_aux_loss",
-    "moe-aux-loss-coeff": 1e-4,
+    "moe-aux-loss-coeff": 1e-2,
     "activation-func-clamp-value": 10.0,
     "moe-dispatcher": "megamoe",
 }
@@ -80,8 +81,8 @@ _TRAINING = {
     "global-batch-size": 8,
     "train-iters": TRAIN_STEPS,
     "optimizer": "adam",
-    "lr": 3e-3,
-    "min-lr": 3e-4,
+    "lr": 2e-3,
+    "min-lr": 2e-4,
     "lr-decay-style": "cosine",
     "lr-warmup-fraction": 0.05,
     "weight-decay": 0.1,

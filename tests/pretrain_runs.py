@@ -17,8 +17,8 @@ SMALL = {
     "seq-length": 32,
     "max-position-embeddings": 32,
     "vocab-size": 512,
-    "micro-batch-size": 2,
-    "global-batch-size": 4,
+    "micro-batch-size": 4,
+    "global-batch-size": 8,
     "eval-iters": 2,
 }
 

@@ -56,8 +56,9 @@ def test_refused_before_any_process_starts(options, message, tmp_path, monkeypat
 
 # Calls the checks of a rank for many requests in one process: Megatron is imported once.
 CHECK_MANY = """
-import json, sys
+import json, os, sys
 from pathlib import Path
+os.environ["WORLD_SIZE"] = "2"
 from megamoe_train.training.request import Request, check
 answers = []
 for case in json.load(sys.stdin):
@@ -130,7 +131,7 @@ def test_refused_by_the_ranks_before_training(place):
         ("fresh", "topics.txt", ["train-iters=few"], "argument --train-iters: invalid int value: 'few'"),
         ("fresh", "topics.txt", ["moe-dispatcher=deepest"], "argument --moe-dispatcher: invalid choice: 'deepest'"),
         ("fresh", "topics.txt", ["moe-token-dispatcher-type=alltoall"], "contradicts"),
-        ("fresh", "topics.txt", ["num-attention-heads=7"], "Megatron refuses these arguments ("),
+        ("fresh", "topics.txt", ["lr-warmup-iters=3"], "Megatron refuses these arguments ("),
         ("fresh", "topics.txt", ["hidden-size=320"], "megamoe refuses"),
         ("fresh", "topics.txt", ["megamoe-backend=fused"], 'backend="fused" runs on CUDA tensors, not on cpu'),
     ]
