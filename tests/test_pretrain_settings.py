@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import stat
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -121,6 +125,49 @@ def test_srun_becomes_torchruns_variables(clean_environment, tmp_path):
     assert [os.environ[name] for name in names] == ["3", "4", "1", "gpu07", "20031"]
 
 
+SPEAK = """
+import os, sys, time
+from pathlib import Path
+from megamoe_train.training.console import Console
+console = Console()
+print("early noise")
+os.system("echo noise of a library")
+console.say("first line")
+console.open_log(Path(sys.argv[1]) / "logs" / "rank0.log")
+print("late noise", file=sys.stderr)
+for step in range(3, 6):
+    time.sleep(0.15)  # the bar is drawn ten times a second at most
+    console.progress(step, 8, f"loss {step}.5")
+console.say("in between")
+console.end_progress()
+console.say("last line")
+"""
+
+
+@pytest.mark.parametrize("columns", [90, 0])
+def test_a_terminal_gets_a_bar_and_the_noise_goes_to_the_log(tmp_path, columns):
+    theirs, ours = pty.openpty()
+    termios.tcsetwinsize(ours, (40, columns))
+    with subprocess.Popen([sys.executable, "-c", SPEAK, str(tmp_path)], stdout=ours, stderr=ours) as process:
+        assert process.wait(60) == 0
+    seen = os.read(theirs, 1 << 16).decode()
+    assert "noise" not in seen
+    assert "step 5/8" in seen and "loss 5.5" in seen and "|" in seen
+    order = [seen.index(words) for words in ("first line", "step 3/8", "loss 3.5", "in between", "last line")]
+    assert order == sorted(order)
+    assert (tmp_path / "logs" / "rank0.log").read_text().split("\n")[:-1] == [
+        "early noise",
+        "noise of a library",
+        "late noise",
+    ]
+
+
+def test_a_log_gets_whole_lines_and_no_bar(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SPEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["first line", "in between", "last line"]
+    assert done.stderr == ""
+
+
 def _checkpoint(root: Path, step: int, *, whole: bool = True) -> None:
     folder = checkpointing.folder_of(root, step)
     folder.mkdir(parents=True)
@@ -205,3 +252,45 @@ def test_picture_shows_both_curves(tmp_path):
     assert empty.shape == training.shape == both.shape
     assert (training != empty).any() and (both != training).any()
     assert sorted(path.name for path in tmp_path.glob("*.part*")) == []
+
+
+TRAIN_LOCAL = Path(__file__).parent.parent / "launch" / "train_local.sh"
+
+
+@pytest.fixture
+def fake_python(tmp_path) -> Path:
+    """Says one argument a line, and ends with status 7."""
+    path = tmp_path / "python"
+    path.write_text('#!/bin/sh\nprintf "<%s>\\n" "$@"\nexit 7\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_train_local_runs_the_command_that_its_variables_describe(fake_python):
+    knobs = {
+        "PYTHON": str(fake_python),
+        "NPROC": "2",
+        "OUT": "a b",
+        "DATA": "x.txt y.txt",
+        "ARGS": "--verbose --set s=1",
+    }
+    done = subprocess.run(
+        [TRAIN_LOCAL, "--", "--lr", "4"], env=os.environ | knobs, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 7
+    assert done.stdout.splitlines()[0].startswith("commit ")
+    words = (
+        "-m megamoe_train.pretrain --recipe debug --nproc 2 --out,a b,--data x.txt y.txt --verbose --set s=1 -- --lr 4"
+    )
+    out = [word for part in words.split(",") for word in ([part] if part == "a b" else part.split())]
+    assert done.stdout.splitlines()[1:] == [f"<{word}>" for word in out]
+
+
+def test_train_local_dry_run_runs_nothing(fake_python):
+    knobs = {"PYTHON": str(fake_python), "DRY_RUN": "1", "RECIPE": "other"}
+    done = subprocess.run(
+        [TRAIN_LOCAL, "--verbose"], env=os.environ | knobs, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[1:] == [
+        f"would run: {fake_python} -m megamoe_train.pretrain --recipe other --verbose"
+    ]

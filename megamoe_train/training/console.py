@@ -54,8 +54,10 @@ class Console:
             return
         if self._bar is None:
             form = "{percentage:3.0f}% |{bar:16}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-            self._bar = tqdm(total=last, initial=step - 1, file=self.stream, bar_format=form, dynamic_ncols=True)
-        self._bar.set_postfix_str(text, refresh=False)
+            known = os.get_terminal_size(self.stream.fileno()).columns > 0
+            width = {"dynamic_ncols": True} if known else {"ncols": 120}
+            self._bar = tqdm(total=last, initial=step, file=self.stream, bar_format=form, **width)
+        self._bar.set_postfix_str(text, refresh=step == self._bar.initial)
         self._bar.update(step - self._bar.n)
 
     def end_progress(self) -> None:

@@ -109,9 +109,12 @@ def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: 
     try:
         config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
         pretrain(config, data.datasets, ModelType.encoder_or_decoder, model.forward_step)
-    except SystemExit as leaving:  # a signal, --exit-interval or --exit-duration-in-mins, after saving
-        if leaving.code:
-            raise
+    except SystemExit as leaving:
+        # After a signal, --exit-interval or --exit-duration-in-mins, Megatron saves and leaves with 0.
+        if leaving.code or watch.saved_step is None:
+            console.end_progress()
+            console.say(f"megamoe_train: Megatron left with {leaving.code!r}; log of this rank: {console.log_path}")
+            return int(leaving.code or 1)
         stopped = True
     console.end_progress()
     watch.draw()

@@ -13,6 +13,7 @@ import sys
 import uuid
 
 CPU_RANKS = 2
+_MOST_THREADS = 8  # per rank: small matrices gain nothing from more
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
@@ -57,7 +58,7 @@ def start(arguments: list[str], num_ranks: int) -> int:
 
     # The ranks report their own failures; the agent's table of exit codes would only bury the message.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // num_ranks))))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -82,6 +82,9 @@ def check(request: Request, num_ranks: int) -> Job:
     args = _parse(table)
     if isinstance(source, corpus.TokenFiles):
         _check_tokens(source, args)
+    for name in ("train_iters", "eval_interval", "eval_iters", "save_interval"):
+        if (getattr(args, name) or 0) < 1:
+            raise ValueError(f"{name.replace('_', '-')}: {getattr(args, name)} is not 1 or more")
     checkpoint = checkpointing.find(Path(args.load), args.ckpt_step) if args.load else None
     if checkpoint:
         checkpointing.verify(checkpoint, args)
@@ -148,7 +151,8 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (AssertionError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next((frame for frame in reversed(frames) if "megatron" in frame.filename), frames[-1])
         where = f"{Path(place.filename).name}:{place.lineno}"
         raise ValueError(f"Megatron refuses these arguments ({where}): {error or place.line}") from error
 

@@ -5,10 +5,11 @@ before, with the same arguments, and what they return or are given is read. Tens
 through Megatron's own writer, and ours beside them.
 """
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
@@ -31,10 +32,10 @@ class Watch:
         self.step = start_step
         self.start_step = start_step
         self.saved_step: int | None = None
-        self.seconds = 0.0
         self.speaks = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
         self.metrics = Metrics(folder / "metrics.jsonl", start_step) if self.speaks else None
         self._load: ExpertLoad | None = None
+        self._mark: float | None = None  # when this step began; moved on by evaluations and saves between steps
         self._evaluated: tuple[int, tuple] | None = None  # step of the last evaluation, and what it returned
 
     def install(self) -> None:
@@ -86,29 +87,29 @@ class Watch:
             training.enable_forward_pre_hook(model)
 
     def _train_step(self, original: Callable, *args, **kwargs):
-        begin = time.perf_counter()
-        result = original(*args, **kwargs)
-        self.seconds = time.perf_counter() - begin
-        return result
+        self._mark = self._mark or time.perf_counter()
+        return original(*args, **kwargs)
 
     def _training_log(self, original: Callable, losses, total_losses, learning_rate, iteration, *rest, **more):
         # The positions of 0.19.2: loss scale, memory flag, skipped, gradient norm.
         grad_norm = rest[3]
         result = original(losses, total_losses, learning_rate, iteration, *rest, **more)
         self.step = iteration
-        load = self._load.read()
+        load = self._load.read()  # reads the GPU, so the clock stands when the step is done
+        now = time.perf_counter()
         if self.speaks:
-            self._record(get_args(), losses, learning_rate, grad_norm, load)
+            self._record(get_args(), losses, learning_rate, grad_norm, load, now - self._mark)
+        self._mark = now
         return result
 
-    def _record(self, args, losses, learning_rate, grad_norm, load) -> None:
+    def _record(self, args, losses, learning_rate, grad_norm, load, seconds: float) -> None:
         tokens = get_current_global_batch_size() * args.seq_length
         line = {
             "step": self.step,
             "loss": losses[LOSS].item() if LOSS in losses else float("nan"),  # a skipped step has none
             "lr": learning_rate,
             "grad_norm": None if grad_norm is None else float(grad_norm),
-            "tokens_per_s": tokens / self.seconds,
+            "tokens_per_s": tokens / seconds,
             "load": [[round(value, 4) for value in layer] for layer in load.values()],
         }
         self.metrics.add(line)
@@ -136,7 +137,8 @@ class Watch:
         # pretrain() evaluates once more after the last step, on the same weights and, here, on the same samples.
         if self._evaluated and self._evaluated[0] == self.step:
             return self._evaluated[1]
-        result = original(*args, **kwargs)
+        with self._clock_stopped():
+            result = original(*args, **kwargs)
         self._evaluated = (self.step, result)
         if self.speaks and result[0]:
             loss = result[0][LOSS].item()
@@ -146,11 +148,19 @@ class Watch:
         return result
 
     def _save_checkpoint_and_time(self, original: Callable, iteration, *args, **kwargs):
-        result = original(iteration, *args, **kwargs)
+        with self._clock_stopped():
+            result = original(iteration, *args, **kwargs)
         self.saved_step = iteration
         if self.speaks:
             self.console.say(f"checkpoint saved at step {iteration}")
         return result
+
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if self._mark is not None:
+            self._mark += time.perf_counter() - begin
 
 
 def describe(line: dict) -> str:
