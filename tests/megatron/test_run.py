@@ -52,7 +52,7 @@ def test_an_unmodified_script_trains_the_same_with_megamoe(tmp_path):
 
 
 def test_a_hand_written_loop_trains_the_same_with_megamoe():
-    """install() and one field of TransformerConfig; micro-batches of 24, 24 and 7 tokens, evaluation after each step."""
+    """install() and one field of TransformerConfig; micro-batches of 24, 24 and 7 tokens, evaluation every step."""
     lines = [
         re.findall(r"step .*", torchrun(OWN_LOOP, dispatcher, 24, 24, 7)) for dispatcher in ("alltoall", "megamoe")
     ]
