@@ -32,6 +32,12 @@ __device__ __forceinline__ void store_shared_v4(uint32_t address, uint4 v) {
                  : "memory");
 }
 
+__device__ __forceinline__ float2 load_shared_v2(uint32_t address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void store_shared_v2(uint32_t address, float v0, float v1) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v0), "f"(v1) : "memory");
 }

@@ -1,4 +1,4 @@
-// Tensor memory accelerator: tile loads (own and multicast), tile stores, fp32 reduce-adds.
+// Tensor memory accelerator: tile loads (own and multicast), tile stores.
 #pragma once
 #include <cuda.h>
 
@@ -58,13 +58,6 @@ __device__ __forceinline__ void tma_load_3d_multicast(void* dst, const CUtensorM
 
 __device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-                 "r"(smem_address(src)), "r"(x), "r"(y)
-                 : "memory");
-}
-
-__device__ __forceinline__ void tma_reduce_add_2d(const CUtensorMap* map, const void* src, int x, int y) {
-    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-                     map),
                  "r"(smem_address(src)), "r"(x), "r"(y)
                  : "memory");
 }

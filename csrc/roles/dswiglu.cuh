@@ -5,21 +5,32 @@
 
 namespace megamoe {
 
+// Gate and up of blocks j and j + 1 in the accumulators' layout.
+struct HBlocks {
+    uint32_t g[4], u[4];
+};
+
+__device__ __forceinline__ void load_h_blocks(uint32_t rows, int j, HBlocks& h) {
+    ptx::load_matrix_x4(block_address(rows, j), h.g);
+    ptx::load_matrix_x4(block_address(rows, j) + kPartBytes, h.u);
+}
+
 // One chunk of a warp; `rows` is the address of its 16 gate rows in the stage.
 template <int kChunk>
 __device__ __forceinline__ void dswiglu_chunk(uint32_t rows, float2 p, Pair limit, float2& dp, const float (&d)[128]) {
+    HBlocks h[2];  // the next blocks are read while these are computed
+    load_h_blocks(rows, 0, h[0]);
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-        const uint32_t at = block_address(rows, j);
-        uint32_t g[4], u[4];
+        const HBlocks& now = h[j / 2 % 2];
+        if (j + 2 < 8) load_h_blocks(rows, j + 2, h[(j / 2 + 1) % 2]);
         PairGrad grad[4];
-        ptx::load_matrix_x4(at, g);
-        ptx::load_matrix_x4(at + kPartBytes, u);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float* da_bar = &d[4 * (kChunk * 8 + j) + 2 * i];
-            grad[i] = swiglu_grad(g[i], u[i], i % 2 ? p.y : p.x, da_bar, limit, i % 2 ? dp.y : dp.x);
+            grad[i] = swiglu_grad(now.g[i], now.u[i], i % 2 ? p.y : p.x, da_bar, limit, i % 2 ? dp.y : dp.x);
         }
+        const uint32_t at = block_address(rows, j);
         ptx::store_matrix_x4(at, grad[0].dg, grad[1].dg, grad[2].dg, grad[3].dg);
         ptx::store_matrix_x4(at + kPartBytes, grad[0].du, grad[1].du, grad[2].du, grad[3].du);
         ptx::store_matrix_x4(at + 2 * kPartBytes, grad[0].a, grad[1].a, grad[2].a, grad[3].a);
@@ -44,28 +55,28 @@ __device__ __forceinline__ void store_dp(const GemmParams& params, const Share& 
 template <int kChunk>
 __device__ __forceinline__ void dswiglu_step(SharedStorage& shared, const GemmParams& params, WarpPlace place,
                                              int chunks, float2 p, float2& dp, const float (&d)[128],
-                                             StageCursor& cursor) {
-    const uint32_t rows = acquire_output(shared, params.deadline, place.row, cursor);
+                                             Position& position) {
+    const OutputPlace output = position.next_output<Gemm::kDgrad2>(kChunk);
+    const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
     if (kChunk < chunks) {
         dswiglu_chunk<kChunk>(rows, p, params.limit, dp, d);
-        publish_output(shared, place.warpgroup, cursor);
+        publish_output(shared, place.warpgroup, output);
     } else {
-        release_stage(shared, cursor.index);
-        cursor.advance();
+        release_output(shared, output, 1);
     }
 }
 
 // The ring holds `stages` chunks, of which this CTA's column tile has the first `chunks`.
 __device__ __forceinline__ void dswiglu_epilogue(SharedStorage& shared, const GemmParams& params, const Share& share,
                                                  WarpPlace place, int stages, float2 p, const float (&d)[128],
-                                                 StageCursor& cursor) {
+                                                 Position& position) {
     const int chunks = dswiglu_chunks(params, share.n_tile);
     float2 dp = {0.0f, 0.0f};
-    dswiglu_step<0>(shared, params, place, chunks, p, dp, d, cursor);
-    dswiglu_step<1>(shared, params, place, chunks, p, dp, d, cursor);
+    dswiglu_step<0>(shared, params, place, chunks, p, dp, d, position);
+    dswiglu_step<1>(shared, params, place, chunks, p, dp, d, position);
     if (stages > 2) {
-        dswiglu_step<2>(shared, params, place, chunks, p, dp, d, cursor);
-        dswiglu_step<3>(shared, params, place, chunks, p, dp, d, cursor);
+        dswiglu_step<2>(shared, params, place, chunks, p, dp, d, position);
+        dswiglu_step<3>(shared, params, place, chunks, p, dp, d, position);
     }
     store_dp(params, share, place.row - place.warpgroup * kWarpgroupM, dp);
 }

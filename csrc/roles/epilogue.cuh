@@ -21,13 +21,14 @@ __device__ __forceinline__ uint4 rounded_blocks(const float (&d)[128], int first
 
 // fc2 and dgrad1: rows of bf16.
 __device__ __forceinline__ void store_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
-                                               const float (&d)[128], StageCursor& cursor) {
+                                               const float (&d)[128], Position& position) {
 #pragma unroll
     for (int stage = 0; stage < 2; ++stage) {
-        const uint32_t rows = acquire_output(shared, params.deadline, place.row, cursor);
+        const OutputPlace output = position.next_output<Gemm::kFc2>(stage);
+        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
         put_part(rows, [&](int j) { return rounded_blocks(d, stage * 16, j); });
         put_part(rows + kPartBytes, [&](int j) { return rounded_blocks(d, stage * 16 + 8, j); });
-        publish_output(shared, place.warpgroup, cursor);
+        publish_output(shared, place.warpgroup, output);
     }
 }
 
@@ -45,10 +46,11 @@ __device__ __forceinline__ uint32_t swiglu_of(const float* g, const float* u, fl
 
 // fc1: blocks 0-15 are gate columns, 16-31 the up columns that belong to them.
 __device__ __forceinline__ void swiglu_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
-                                                float2 p, const float (&d)[128], StageCursor& cursor) {
+                                                float2 p, const float (&d)[128], Position& position) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const uint32_t rows = acquire_output(shared, params.deadline, place.row, cursor);
+        const OutputPlace output = position.next_output<Gemm::kFc1>(half);
+        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
         put_part(rows, [&](int j) { return rounded_blocks(d, half * 8, j); });
         put_part(rows + kPartBytes, [&](int j) { return rounded_blocks(d, 16 + half * 8, j); });
         put_part(rows + 2 * kPartBytes, [&](int j) {
@@ -57,33 +59,42 @@ __device__ __forceinline__ void swiglu_epilogue(SharedStorage& shared, const Gem
             return uint4{swiglu_of(g, u, p.x, params.limit), swiglu_of(g + 2, u + 2, p.y, params.limit),
                          swiglu_of(g + 4, u + 4, p.x, params.limit), swiglu_of(g + 6, u + 6, p.y, params.limit)};
         });
-        publish_output(shared, place.warpgroup, cursor);
+        publish_output(shared, place.warpgroup, output);
     }
 }
 
-// 32 columns of fp32.
-__device__ __forceinline__ void put_floats(uint32_t rows, const float* v) {
+__device__ __forceinline__ void put_pair(uint32_t address, float v0, float v1, bool add) {
+    float2 old = {0.0f, 0.0f};
+    if (add) old = ptx::load_shared_v2(address);
+    ptx::store_shared_v2(address, __fadd_rn(old.x, v0), __fadd_rn(old.y, v1));
+}
+
+// 32 columns of fp32, added to what the part holds or written.
+__device__ __forceinline__ void put_floats(uint32_t rows, const float* v, bool add) {
     const int lane = threadIdx.x & 31;
     const int row = lane / 4;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const int unit = 2 * j + (lane & 3) / 2;
-        ptx::store_shared_v2(rows + ptx::swizzle_128(row, unit) + (lane & 1) * 8, v[4 * j], v[4 * j + 1]);
-        ptx::store_shared_v2(rows + ptx::swizzle_128(row + 8, unit) + (lane & 1) * 8, v[4 * j + 2], v[4 * j + 3]);
+        const uint32_t at = rows + (lane & 1) * 8;
+        put_pair(at + ptx::swizzle_128(row, unit), v[4 * j], v[4 * j + 1], add);
+        put_pair(at + ptx::swizzle_128(row + 8, unit), v[4 * j + 2], v[4 * j + 3], add);
     }
 }
 
-// wgrad: fp32. Each element gets one add per launch, so the result does not depend on their order.
+// wgrad: one fp32 addition per element and launch.
 __device__ __forceinline__ void wgrad_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
-                                               const float (&d)[128], StageCursor& cursor) {
+                                               const float (&d)[128], Position& position) {
+    const bool add = params.accumulate;
 #pragma unroll
     for (int stage = 0; stage < ceil_div(kGradParts, kParts); ++stage) {
-        const uint32_t rows = acquire_output(shared, params.deadline, place.row, cursor);
+        const OutputPlace output = position.next_output<Gemm::kWgrad>(stage);
+        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
 #pragma unroll
         for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
-            put_floats(rows + i * kPartBytes, &d[16 * (stage * kParts + i)]);
+            put_floats(rows + i * kPartBytes, &d[16 * (stage * kParts + i)], add);
         }
-        publish_output(shared, place.warpgroup, cursor);
+        publish_output(shared, place.warpgroup, output);
     }
 }
 

@@ -71,24 +71,46 @@ __device__ __forceinline__ void load_stage(SharedStorage& shared, const GemmPara
     }
 }
 
-// The stages behind the operands: granted empty, or for dgrad2 with the h that its epilogue reads.
+// 64 gate and 64 up columns of h.
+__device__ __forceinline__ void load_h(SharedStorage& shared, const GemmParams& params, const Share& share, int stage,
+                                       OutputPlace place) {
+    uint8_t* dst = output_memory(shared, place);
+    uint64_t* full = &shared.stage_full[place.index];
+    const int column = share.column + stage * kChunkColumns, row = static_cast<int>(share.row);
+    ptx::mbarrier_expect(full, 2 * kPartBytes);
+    ptx::tma_load_2d(dst, &params.b, full, column, row, ptx::kEvictFirst);
+    ptx::tma_load_2d(dst + kPartBytes, &params.b, full, params.n_extent + column, row, ptx::kEvictFirst);
+}
+
+// Up to three parts of the gradient, as they are before this launch adds to them.
+__device__ __forceinline__ void load_gradient(SharedStorage& shared, const CUtensorMap* gradient, const Share& share,
+                                              int stage, OutputPlace place) {
+    const int parts = min(kParts, kGradParts - stage * kParts), row = static_cast<int>(share.row);
+    uint64_t* full = &shared.stage_full[place.index];
+    ptx::mbarrier_expect(full, parts * kPartBytes);
+    for (int i = 0; i < parts; ++i) {
+        uint8_t* dst = output_memory(shared, place) + i * kPartBytes;
+        const int column = share.column + (stage * kParts + i) * kGradColumns;
+        ptx::tma_load_2d(dst, gradient, full, column, row, ptx::kEvictFirst);
+        ptx::tma_load_2d(dst + kPartBytes / 2, gradient, full, column, row + kWarpgroupM, ptx::kEvictFirst);
+    }
+}
+
+// The places for a unit's results: granted empty, or with what the epilogue works on.
 template <Gemm kGemm>
 __device__ __forceinline__ void grant_outputs(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
-                                              int rank, StageCursor& cursor) {
+                                              int rank, Position& position) {
+    const Share share = share_of<kGemm>(params, slot, rank, 0);
     const int stages = output_stages<kGemm>(params, slot);
-    for (int stage = 0; stage < stages; ++stage, cursor.advance()) {
-        wait(&shared.stage_free[cursor.index], cursor.parity ^ 1, params.deadline, Waiting::kStageFree);
-        uint64_t* full = &shared.stage_full[cursor.index];
-        if constexpr (kGemm == Gemm::kDgrad2) {
-            const Unit unit{slot.m_tile, slot.n_tile, slot.n_pair != 0};
-            const int row = slot.row_begin + m_tile_of(unit, rank) * kTileM;
-            const int column = n_tile_of(unit, rank) * kTileN + stage * kChunkColumns;
-            uint8_t* dst = shared.ring[cursor.index];
-            ptx::mbarrier_expect(full, 2 * kPartBytes);
-            ptx::tma_load_2d(dst, &params.b, full, column, row, ptx::kEvictFirst);
-            ptx::tma_load_2d(dst + kPartBytes, &params.b, full, params.n_extent + column, row, ptx::kEvictFirst);
+    for (int stage = 0; stage < stages; ++stage) {
+        const OutputPlace place = position.next_output<kGemm>(stage);
+        wait(&shared.stage_free[place.index], place.parity ^ 1, params.deadline, Waiting::kStageFree);
+        if (kGemm == Gemm::kDgrad2) {
+            load_h(shared, params, share, stage, place);
+        } else if (kGemm == Gemm::kWgrad && params.accumulate) {
+            load_gradient(shared, params.expert_maps + slot.expert, share, stage, place);
         } else {
-            ptx::mbarrier_arrive(full);
+            ptx::mbarrier_arrive(&shared.stage_full[place.index]);
         }
     }
 }
@@ -97,7 +119,7 @@ __device__ __forceinline__ void grant_outputs(SharedStorage& shared, const GemmP
 template <Gemm kGemm>
 __device__ void loader_role(SharedStorage& shared, const GemmParams& params, int rank) {
     const bool issues = (threadIdx.x & 31) == 0;
-    StageCursor cursor;
+    Position position;
     UnitCursor units;
     int known = -1;
     while (true) {
@@ -105,16 +127,17 @@ __device__ void loader_role(SharedStorage& shared, const GemmParams& params, int
         if (unit.expert < 0) break;
         if (!issues) continue;
         const CUtensorMap* weights = params.expert_maps + unit.expert;
-        if (!GemmTraits<kGemm>::kIsWgrad && unit.expert != known) {
+        if (unit.expert != known) {
             ptx::tensor_map_acquire(weights);
             known = unit.expert;
         }
+        StageCursor& ring = position.ring;
         for (int k_block = 0; k_block < unit.k_blocks; ++k_block) {
-            wait(&shared.stage_free[cursor.index], cursor.parity ^ 1, params.deadline, Waiting::kStageFree);
-            load_stage<kGemm>(shared, params, unit, weights, rank, cursor.index, k_block);
-            cursor.advance();
+            wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);
+            load_stage<kGemm>(shared, params, unit, weights, rank, ring.index, k_block);
+            ring.advance();
         }
-        grant_outputs<kGemm>(shared, params, unit, rank, cursor);
+        grant_outputs<kGemm>(shared, params, unit, rank, position);
     }
 }
 

@@ -5,13 +5,20 @@
 
 namespace megamoe {
 
-// Hands `k_blocks` stages back unread: this warpgroup has no row in the tile.
-__device__ __forceinline__ void skip(SharedStorage& shared, const GemmParams& params, int k_blocks,
-                                     StageCursor& cursor) {
+// Hands all stages of a unit back unread: this warpgroup has no row in the tile.
+template <Gemm kGemm>
+__device__ __forceinline__ void skip(SharedStorage& shared, const GemmParams& params, int k_blocks, int outputs,
+                                     Position& position) {
     for (int k_block = 0; k_block < k_blocks; ++k_block) {
-        wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);
-        release_stage(shared, cursor.index);
-        cursor.advance();
+        const StageCursor& ring = position.ring;
+        wait(&shared.stage_full[ring.index], ring.parity, params.deadline, Waiting::kStageFull);
+        release_stage(shared, ring.index);
+        position.ring.advance();
+    }
+    for (int stage = 0; stage < outputs; ++stage) {
+        const OutputPlace output = position.next_output<kGemm>(stage);
+        wait(&shared.stage_full[output.index], output.parity, params.deadline, Waiting::kStageFull);
+        release_output(shared, output, 1);
     }
 }
 
@@ -57,7 +64,7 @@ __device__ void math_role(SharedStorage& shared, const GemmParams& params, int w
     constexpr bool kUsesWeights = kGemm == Gemm::kFc1 || kGemm == Gemm::kDgrad2;
     const int warp_row = ((threadIdx.x / 32) & 3) * kWarpRows;
     const WarpPlace place{warpgroup, warpgroup * kWarpgroupM + warp_row};
-    StageCursor stages;
+    Position position;
     UnitCursor units;
     while (true) {
         const UnitSlot slot = next_unit(shared, units, params.deadline);
@@ -65,7 +72,7 @@ __device__ void math_role(SharedStorage& shared, const GemmParams& params, int w
         const Share share = share_of<kGemm>(params, slot, rank, warpgroup);
         const int outputs = output_stages<kGemm>(params, slot);
         if (!share.works) {
-            skip(shared, params, slot.k_blocks + outputs, stages);
+            skip<kGemm>(shared, params, slot.k_blocks, outputs, position);
             continue;
         }
         if (GemmTraits<kGemm>::kIsWgrad && slot.k_blocks == 0) {
@@ -73,18 +80,18 @@ __device__ void math_role(SharedStorage& shared, const GemmParams& params, int w
             continue;
         }
         float d[128];
-        const int last_stage = multiply<kGemm>(shared, params, warpgroup, slot.k_blocks, stages, d);
+        const int last_stage = multiply<kGemm>(shared, params, warpgroup, slot.k_blocks, position.ring, d);
         // Asked for while the last step runs.
         const float2 p = kUsesWeights ? row_weights(params, share, warp_row) : float2{0.0f, 0.0f};
         finish_multiply(shared, last_stage, d);
         if constexpr (kGemm == Gemm::kFc1) {
-            swiglu_epilogue(shared, params, place, p, d, stages);
+            swiglu_epilogue(shared, params, place, p, d, position);
         } else if constexpr (kGemm == Gemm::kDgrad2) {
-            dswiglu_epilogue(shared, params, share, place, outputs, p, d, stages);
+            dswiglu_epilogue(shared, params, share, place, outputs, p, d, position);
         } else if constexpr (kGemm == Gemm::kWgrad) {
-            wgrad_epilogue(shared, params, place, d, stages);
+            wgrad_epilogue(shared, params, place, d, position);
         } else {
-            store_epilogue(shared, params, place, d, stages);
+            store_epilogue(shared, params, place, d, position);
         }
     }
 }

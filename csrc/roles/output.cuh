@@ -5,6 +5,10 @@
 //
 // A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of each.
 //   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
+// Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the stage
+// arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
+// A unit's last stage, where it has at most two parts, takes the spare place beside the ring, so that the next unit's
+// operands find one more free stage.
 #pragma once
 #include "ptx/matrix.cuh"
 #include "ptx/tma.cuh"
@@ -39,6 +43,46 @@ __device__ __forceinline__ int output_stages(const GemmParams& params, const Uni
     }
 }
 
+// A place for results: a stage of the ring or, with index kStages, the spare.
+struct OutputPlace {
+    int index;
+    uint32_t parity;
+};
+
+// Where a role stands: the ring, and laps of the spare.
+struct Position {
+    StageCursor ring;
+    uint32_t spare_parity = 0;
+
+    // The place of output stage `stage`; moves on.
+    template <Gemm kGemm>
+    __device__ __forceinline__ OutputPlace next_output(int stage) {
+        constexpr bool kSpare = kGemm != Gemm::kFc1 && kGemm != Gemm::kDgrad2;
+        if (kSpare && stage == (kGemm == Gemm::kWgrad ? 2 : 1)) {
+            const OutputPlace place{kStages, spare_parity};
+            spare_parity ^= 1;
+            return place;
+        }
+        const OutputPlace place{ring.index, ring.parity};
+        ring.advance();
+        return place;
+    }
+};
+
+__device__ __forceinline__ uint8_t* output_memory(SharedStorage& shared, OutputPlace place) {
+    return place.index == kStages ? shared.spare : shared.ring[place.index];
+}
+
+// `count` warps of this CTA are done with the place. Only a stage of the ring concerns the peer's loader too.
+__device__ __forceinline__ void release_output(SharedStorage& shared, OutputPlace place, uint32_t count) {
+    const int lane = threadIdx.x & 31;
+    if (place.index == kStages) {
+        if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[kStages], count);
+    } else if (lane < kClusterSize) {
+        ptx::mbarrier_arrive_cta(&shared.stage_free[place.index], lane, count);
+    }
+}
+
 // What one math warpgroup does of a unit.
 struct Share {
     int64_t row;    // its first row in the row pools (wgrad: in the gradient)
@@ -65,19 +109,18 @@ __device__ __forceinline__ Share share_of(const GemmParams& params, const UnitSl
 
 // --- math warps -------------------------------------------------------------------------------------------------------
 
-// Waits for the next stage behind the operands; the address of this warp's 16 rows in its first part.
+// Waits for a place; the address of this warp's 16 rows in its first part.
 __device__ __forceinline__ uint32_t acquire_output(SharedStorage& shared, const Deadline& deadline, int warp_row,
-                                                   const StageCursor& cursor) {
-    wait(&shared.stage_full[cursor.index], cursor.parity, deadline, Waiting::kStageFull);
-    return ptx::smem_address(shared.ring[cursor.index]) + warp_row * 128;
+                                                   OutputPlace place) {
+    wait(&shared.stage_full[place.index], place.parity, deadline, Waiting::kStageFull);
+    return ptx::smem_address(output_memory(shared, place)) + warp_row * 128;
 }
 
-// Hands the warp's rows of the stage to the storer.
-__device__ __forceinline__ void publish_output(SharedStorage& shared, int warpgroup, StageCursor& cursor) {
+// Hands the warp's rows to the storer.
+__device__ __forceinline__ void publish_output(SharedStorage& shared, int warpgroup, OutputPlace place) {
     ptx::fence_async_shared();  // this thread's writes before the TMA unit's reads
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&shared.output_full[warpgroup][cursor.index]);
-    cursor.advance();
+    if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&shared.output_full[warpgroup][place.index]);
 }
 
 // Address of this lane's row of the 8x8 blocks (rows 0-7, 8-15) x (columns 8j, 8j + 8) of a warp's rows of a part.
@@ -112,11 +155,7 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
     } else if constexpr (kGemm == Gemm::kWgrad) {
         for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
             const int column = share.column + (stage * kParts + i) * kGradColumns;
-            if (params.accumulate) {
-                ptx::tma_reduce_add_2d(gradient, part + i * kPartBytes, column, row);
-            } else {
-                ptx::tma_store_2d(gradient, part + i * kPartBytes, column, row);
-            }
+            ptx::tma_store_2d(gradient, part + i * kPartBytes, column, row);
         }
     } else {
         const int column = share.column + stage * 2 * kChunkColumns;
@@ -130,29 +169,31 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
 template <Gemm kGemm>
 __device__ void storer_role(SharedStorage& shared, const GemmParams& params, int warpgroup, int rank) {
     const bool issues = (threadIdx.x & 31) == 0;
-    StageCursor stages;
+    Position position;
     UnitCursor units;
-    uint32_t laps = 0;  // parity of output_full, a bit per stage
+    uint32_t laps = 0;  // parity of output_full, a bit per place
     while (true) {
         const UnitSlot slot = next_unit(shared, units, params.deadline);
         if (slot.expert < 0) break;
-        if (!issues) continue;
         const Share share = share_of<kGemm>(params, slot, rank, warpgroup);
         const int outputs = output_stages<kGemm>(params, slot);
         const int own = kGemm == Gemm::kDgrad2 ? dswiglu_chunks(params, share.n_tile) : outputs;
         const CUtensorMap* gradient = params.expert_maps + slot.expert;
         if (GemmTraits<kGemm>::kIsWgrad && outputs > 0) ptx::tensor_map_acquire(gradient);
-        stages.skip(slot.k_blocks);
-        for (int stage = 0; stage < outputs; ++stage, stages.advance()) {
+        position.ring.skip(slot.k_blocks);
+        for (int stage = 0; stage < outputs; ++stage) {
+            const OutputPlace place = position.next_output<kGemm>(stage);
             if (!share.works || stage >= own) continue;  // handed back by the math warps
-            wait(&shared.output_full[warpgroup][stages.index], laps >> stages.index & 1, params.deadline,
+            wait(&shared.output_full[warpgroup][place.index], laps >> place.index & 1, params.deadline,
                  Waiting::kOutputFull);
-            laps ^= 1u << stages.index;
-            send_stage<kGemm>(params, share, gradient, stage, shared.ring[stages.index] + warpgroup * (kPartBytes / 2));
-            ptx::tma_store_wait_read<0>();
-            for (uint32_t cta = 0; cta < kClusterSize; ++cta) {
-                ptx::mbarrier_arrive_cta(&shared.stage_free[stages.index], cta, kMathWarps / kMathWarpgroups);
+            laps ^= 1u << place.index;
+            if (issues) {
+                send_stage<kGemm>(params, share, gradient, stage,
+                                  output_memory(shared, place) + warpgroup * (kPartBytes / 2));
+                ptx::tma_store_wait_read<0>();
             }
+            __syncwarp();
+            release_output(shared, place, kMathWarps / kMathWarpgroups);
         }
     }
     // Everything sent is performed before the CTA exits.

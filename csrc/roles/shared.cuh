@@ -9,6 +9,7 @@ constexpr int kStages = 4;
 constexpr int kBytesA = kTileM * kBlockK * 2;
 constexpr int kBytesB = kTileN * kBlockK * 2;
 constexpr int kStageBytes = kBytesA + kBytesB;
+constexpr int kSpareBytes = 32768;  // beside the ring: two parts of results (roles/output.cuh)
 constexpr int kUnitSlots = 4;
 constexpr int kMathWarpgroups = 2;
 constexpr int kMathWarps = 4 * kMathWarpgroups;
@@ -41,10 +42,11 @@ static_assert(sizeof(UnitSlot) == 32);
 
 struct alignas(1024) SharedStorage {
     uint8_t ring[kStages][kStageBytes];
+    uint8_t spare[kSpareBytes];
     UnitSlot units[kUnitSlots];
-    uint64_t stage_full[kStages];
-    uint64_t stage_free[kStages];
-    uint64_t output_full[kMathWarpgroups][kStages];
+    uint64_t stage_full[kStages + 1];  // the last one is the spare's, here and below
+    uint64_t stage_free[kStages + 1];
+    uint64_t output_full[kMathWarpgroups][kStages + 1];
     uint64_t unit_full[kUnitSlots];
     uint64_t unit_free[kUnitSlots];
     int unit_end[kMaxExperts];  // running total of units up to and including expert e (scheduler only)
@@ -73,11 +75,11 @@ using UnitCursor = Cursor<kUnitSlots>;
 
 // By one thread of each CTA, followed by a cluster_sync of all.
 __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i <= kStages; ++i) {
         ptx::mbarrier_init(&shared.stage_full[i], 1);
         for (int w = 0; w < kMathWarpgroups; ++w) ptx::mbarrier_init(&shared.output_full[w][i], 4);
-        // Every math warp of both CTAs (or its storer for it): a multicast writes into both.
-        ptx::mbarrier_init(&shared.stage_free[i], kMathWarps * kClusterSize);
+        // Every math warp (or its storer for it), for a stage of the ring of both CTAs: a multicast writes into both.
+        ptx::mbarrier_init(&shared.stage_free[i], i < kStages ? kMathWarps * kClusterSize : kMathWarps);
     }
     for (int i = 0; i < kUnitSlots; ++i) {
         ptx::mbarrier_init(&shared.unit_full[i], 1);
