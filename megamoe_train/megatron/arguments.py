@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from megamoe_train.config import BACKENDS
-from megamoe_train.megatron.install import EXPERTS, NAME, install
+from megamoe_train.megatron.install import EXPERTS, NAME, install, options
 from megamoe_train.megatron.validate import validate
 
 CONFIG_OPTION = "--megamoe-config"
@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("megamoe_train")
     group.add_argument(OUR_OPTION, choices=their_type.choices, help=f"short for {TYPE_OPTION}")
     group.add_argument(CONFIG_OPTION, metavar="FILE.yaml", help="flat YAML: each `key: value` is read as `--key value`")
-    group.add_argument("--megamoe-backend", choices=BACKENDS, default="auto", help="what runs the experts")
+    group.add_argument("--megamoe-backend", choices=BACKENDS, help="what runs the experts")
     group.add_argument("--megamoe-recompute", choices=["fc1"], help="compute h again in backward, do not keep it")
-    group.add_argument("--megamoe-experts", choices=EXPERTS, default="paired", help="staged: Megatron's own experts")
+    group.add_argument("--megamoe-experts", choices=EXPERTS, help="staged: Megatron's own experts")
     parser.parse_known_args = functools.partial(_parse, parser, parser.parse_known_args, default)
     return parser
 
@@ -77,8 +77,9 @@ def _one_dispatcher(namespace: argparse.Namespace, default: str) -> str:
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """Hand the options that TransformerConfig has no field for to the layers that will be built."""
-    install(backend=args.megamoe_backend, recompute=args.megamoe_recompute, experts=args.megamoe_experts)
+    """Hand the options that TransformerConfig has no field for to the layers that will be built, where given."""
+    given = {name: getattr(args, f"megamoe_{name}") for name in ("backend", "recompute", "experts")}
+    install(**{name: value for name, value in given.items() if value is not None})
 
 
 def _refuse_nested_yaml(path: str) -> None:
@@ -95,7 +96,9 @@ def _validating(original):
     def validate_args(args, *more, **kwargs):
         result = original(args, *more, **kwargs)
         if args.num_experts and args.moe_token_dispatcher_type == NAME:
-            validate(*_configs(args), experts=args.megamoe_experts, backend=args.megamoe_backend)
+            # With a spec of the user's own the experts are known when the model is built, which validates again.
+            experts = "staged" if args.spec else options().experts
+            validate(*_configs(args), experts=experts, backend=options().backend)
         return result
 
     return validate_args

@@ -94,15 +94,20 @@ def fire_forward_pre_hooks(experts: nn.Module) -> None:
     model trains on stale weights and says nothing. Megatron does the same for its fused experts (experts.py:573).
     Raises RuntimeError where a hook wants to replace its module's input, which does not exist here.
     """
-    for name, module in experts.named_modules():
+    for module in experts.modules():
         if module is experts:
             continue
         for hook_id, hook in module._forward_pre_hooks.items():
             with_kwargs = hook_id in module._forward_pre_hooks_with_kwargs
             if (hook(module, (), {}) if with_kwargs else hook(module, ())) is not None:
+                name = _name_of(module, experts)
                 raise RuntimeError(f"a forward pre-hook of {name} replaces its input; experts run in one fused call")
         if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-            _warn_once(f"hooks on {name} never fire: all experts run in one fused call")
+            _warn_once(f"hooks on {_name_of(module, experts)} never fire: all experts run in one fused call")
+
+
+def _name_of(module: nn.Module, inside: nn.Module) -> str:
+    return next(name for name, candidate in inside.named_modules() if candidate is module)
 
 
 _warned: set[str] = set()

@@ -2,6 +2,7 @@
 
 `MoELayer.__init__` is wrapped once. A layer of another dispatcher type is untouched. In one of ours, Megatron builds
 router, experts and shared experts as always; then the dispatcher is replaced, and experts we know become paired.
+The data-parallel wrappers are wrapped too, to refuse what cannot work around such a model.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import importlib.util
 import inspect
 import logging
 
+from megatron.core import distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -53,12 +55,25 @@ def install(**options: str | None) -> None:
     _options = dataclasses.replace(_options, **options)
     cpu.apply()
     wheel.use_shipped_dataset_helper()
-    if not hasattr(MoELayer.__init__, "__megamoe__"):
-        MoELayer.__init__ = _with_megamoe(MoELayer.__init__)
+    _wrap_once(MoELayer, _with_megamoe)
+    _wrap_once(distributed.DistributedDataParallel, _with_validation)
+    for sharded in (distributed.FullyShardedDataParallel, distributed.TorchFullyShardedDataParallel):
+        _wrap_once(sharded, _with_refusal)
     if importlib.util.find_spec("megatron.training") is not None:
         from megamoe_train.megatron import arguments
 
         arguments.patch_parser()
+
+
+def options() -> Options:
+    """What the layers built from now on will be."""
+    return _options
+
+
+def _wrap_once(cls: type, wrapper) -> None:
+    if not hasattr(cls.__init__, "__megamoe__"):
+        cls.__init__ = wrapper(cls.__init__)
+        cls.__init__.__megamoe__ = True
 
 
 def _with_megamoe(original):
@@ -80,7 +95,6 @@ def _with_megamoe(original):
             config.moe_token_dispatcher_type = NAME
         _take_over(self, given.get("pg_collection") or get_default_pg_collection())
 
-    init.__megamoe__ = True
     return init
 
 
@@ -91,8 +105,9 @@ def _take_over(layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
         layer.num_local_experts, layer.local_expert_indices, layer.config, pg_collection, paired=paired
     )
     _announce(type(layer.experts).__name__, paired, _options)
-    # SequentialMLP keeps a copy of the config where ffn_hidden_size differs; it was taken under the borrowed name.
-    layer.experts.config.moe_token_dispatcher_type = NAME
+    if hasattr(layer.experts, "config"):
+        # SequentialMLP copies the config where ffn_hidden_size differs, and did so under the borrowed name.
+        layer.experts.config.moe_token_dispatcher_type = NAME
     if paired:
         validate(layer.config, backend=_options.backend)
         experts.pair(layer.experts, backend=_options.backend, recompute=_options.recompute)
@@ -104,3 +119,27 @@ def _announce(experts_name: str, paired: bool, options: Options) -> None:
     mode = "one call for all experts" if paired else "dispatch and combine around"
     backend = backends.resolve(options.backend)
     log_single_rank(logger, logging.INFO, f"megamoe: {mode} {experts_name}, backend {backend}")
+
+
+def _with_validation(original):
+    """`DistributedDataParallel.__init__` that validates its config too: a loop of one's own has no command line."""
+
+    @functools.wraps(original)
+    def init(self, config, ddp_config, *args, **kwargs):
+        validate(config, ddp_config, experts="staged")
+        original(self, config, ddp_config, *args, **kwargs)
+
+    return init
+
+
+def _with_refusal(original):
+    """`__init__` of a wrapper that shards weights: refused around a model of ours."""
+
+    @functools.wraps(original)
+    def init(self, config, *args, **kwargs):
+        if config.moe_token_dispatcher_type == NAME:
+            instead = "DistributedDataParallel, with use_distributed_optimizer=True to shard optimizer state"
+            raise ValueError(f"{type(self).__name__}: it frees expert weights that one call reads whole. Use {instead}")
+        original(self, config, *args, **kwargs)
+
+    return init

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 import pytest
+import torch
 
 from megamoe_train import install
 from megamoe_train.megatron import arguments
@@ -79,7 +80,19 @@ def test_unknown_dispatcher_lists_the_allowed(refused):
 
 def test_options_reach_the_layers_to_come(parse):
     parse("--megamoe-backend", "reference", "--megamoe-recompute", "fc1", "--megamoe-experts", "staged")
-    assert installation._options == installation.Options("reference", "fc1", "staged")
+    assert installation.options() == installation.Options("reference", "fc1", "staged")
+
+
+def test_options_not_given_leave_what_the_script_installed(parse):
+    install(backend="reference", experts="staged")
+    parse("--megamoe-experts", "paired")
+    assert installation.options() == installation.Options(backend="reference")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: there nccl is the right default")
+def test_without_a_gpu_the_default_backend_is_one_that_works(parse):
+    assert parse().distributed_backend == "gloo"
+    assert parse("--distributed-backend", "nccl").distributed_backend == "nccl"
 
 
 def test_a_script_that_adds_its_own_and_ours_gets_ours_once(parse):

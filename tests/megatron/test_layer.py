@@ -183,10 +183,24 @@ def refusals_and_others(folder):
         install(backend="cuda")
     with pytest.raises(ValueError, match="Unsupported token dispatcher type: nonsense"):
         layers.new_layer(layers.config("nonsense"))
+    refuse_wrappers()
     cfg = layers.config(ffn_hidden_size=512)  # SequentialMLP then keeps a copy of the config
     layer = layers.new_layer(cfg)
     assert layer.config is cfg and layer.experts.config is not cfg
     assert {cfg.moe_token_dispatcher_type, layer.experts.config.moe_token_dispatcher_type} == {"megamoe"}
+
+
+def refuse_wrappers():
+    """Without a command line, the data-parallel wrappers say what cannot work around a model of ours."""
+    from megatron.core import distributed
+
+    cfg = layers.config()
+    ddp = distributed.DistributedDataParallelConfig(delay_wgrad_compute=True)
+    with pytest.raises(ValueError, match=r"DistributedDataParallelConfig\.delay_wgrad_compute = True"):
+        distributed.DistributedDataParallel(cfg, ddp, layers.new_layer(cfg))
+    for sharded in (distributed.FullyShardedDataParallel, distributed.TorchFullyShardedDataParallel):
+        with pytest.raises(ValueError, match=f"{sharded.__name__}: it frees expert weights"):
+            sharded(cfg, ddp, layers.new_layer(cfg))
 
 
 RECOMPUTED = dict(recompute_granularity="selective", recompute_modules=["moe"])
