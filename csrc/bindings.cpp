@@ -1,4 +1,5 @@
-// Operator schemas and tensor checks; nothing else. torch's stable ABI, so that one build serves several torch versions.
+// Operator schemas and tensor checks; nothing else. torch's stable ABI, so that one build serves several torch
+// versions.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -57,17 +58,18 @@ void encode_maps(Tensor pointers, int64_t rows, int64_t cols, int64_t kind, Tens
 }
 
 void grouped_gemm(int64_t gemm, Tensor a, OptionalTensor b, OptionalTensor h, OptionalTensor out, OptionalTensor act,
-                  Tensor expert_maps, OptionalTensor gradients, Tensor expert_rows, Tensor expert_offset, OptionalTensor row_weights,
-                  OptionalTensor dp_partials, Tensor claims, int64_t m_extent, int64_t n_extent, int64_t k_extent,
-                  double limit, bool accumulate, int64_t num_sms, int64_t deadline_ns, int64_t wait_record,
-                  int64_t stream) {
+                  Tensor expert_maps, OptionalTensor gradients, Tensor expert_rows, Tensor expert_offset,
+                  OptionalTensor row_weights, OptionalTensor dp_partials, Tensor claims, int64_t m_extent,
+                  int64_t n_extent, int64_t k_extent, double limit, bool accumulate, int64_t num_sms,
+                  int64_t deadline_ns, int64_t wait_record, int64_t stream) {
     const int64_t rows = a.size(0);
     const int64_t num_experts = expert_rows.numel();
     STD_TORCH_CHECK(rows % 128 == 0 && rows < int64_t{1} << 31, "megamoe: pool rows must be a multiple of 128, are ",
                     rows);
     STD_TORCH_CHECK(!row_weights || row_weights->numel() >= rows, "megamoe: row_weights needs one weight a row");
     expect(expert_maps, ScalarType::Byte, "expert_maps");
-    STD_TORCH_CHECK(expert_maps.numel() == num_experts * int64_t{sizeof(CUtensorMap)}, "megamoe: expert_maps must be [L, 128]");
+    STD_TORCH_CHECK(expert_maps.numel() == num_experts * int64_t{sizeof(CUtensorMap)},
+                    "megamoe: expert_maps must be [L, 128]");
     if (gradients) expect(*gradients, ScalarType::Long, "gradients");
     STD_TORCH_CHECK(!gradients || gradients->numel() == num_experts, "megamoe: gradients must be [L]");
     megamoe::GroupedGemmArgs args{};
@@ -107,7 +109,8 @@ STABLE_TORCH_LIBRARY(megamoe, m) {
     m.def("encode_maps(Tensor pointers, int rows, int cols, int kind, Tensor(a!) out) -> ()");
     m.def(
         "grouped_gemm(int gemm, Tensor a, Tensor? b, Tensor? h, Tensor(a!)? out, Tensor(b!)? act, Tensor expert_maps,"
-        " Tensor? gradients, Tensor expert_rows, Tensor expert_offset, Tensor? row_weights, Tensor(c!)? dp_partials, Tensor(d!) claims,"
+        " Tensor? gradients, Tensor expert_rows, Tensor expert_offset, Tensor? row_weights, Tensor(c!)? dp_partials, "
+        "Tensor(d!) claims,"
         " int m_extent, int n_extent, int k_extent, float limit, bool accumulate, int num_sms, int deadline_ns,"
         " int wait_record, int stream) -> ()");
 }

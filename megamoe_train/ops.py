@@ -112,8 +112,9 @@ def _launch(gemm, groups, a, maps, *, b=None, h=None, out=None, act=None, row_we
             gradients=None, m=0, n=0, k=0, clamp=None, accumulate=False):  # fmt: skip
     claims = torch.empty(1, dtype=torch.int32, device=a.device)
     torch.ops.megamoe.grouped_gemm(
-        int(gemm), a, b, h, out, act, maps, gradients, groups.rows, groups.offset, row_weights, dp_partials, claims, m, n, k,
-        float("inf") if clamp is None else float(clamp), accumulate, groups.num_sms, int(groups.deadline_s * 1e9), 0,
+        int(gemm), a, b, h, out, act, maps, gradients, groups.rows, groups.offset, row_weights, dp_partials, claims,
+        m, n, k, float("inf") if clamp is None else float(clamp), accumulate, groups.num_sms,
+        int(groups.deadline_s * 1e9), 0,
         torch.cuda.current_stream(a.device).cuda_stream,
     )  # fmt: skip
 
@@ -154,4 +155,14 @@ def wgrad(dout: Tensor, inputs: Tensor, table: GradientTable, groups: Groups, ac
     dout [M, out], inputs [M, in]; table: the gradients [out, in]. Rows between an expert's count
     and the next multiple of 64 must be zero in both.
     """
-    _launch(Gemm.WGRAD, groups, dout, table.maps, gradients=table.addresses, b=inputs, m=dout.shape[1], n=inputs.shape[1], accumulate=accumulate)
+    _launch(
+        Gemm.WGRAD,
+        groups,
+        dout,
+        table.maps,
+        gradients=table.addresses,
+        b=inputs,
+        m=dout.shape[1],
+        n=inputs.shape[1],
+        accumulate=accumulate,
+    )

@@ -43,8 +43,8 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     const bool is_wgrad = gemm == Gemm::kWgrad;
     const int64_t rows = args.pool_rows;
     if (args.num_experts < 1 || args.num_experts > kMaxExperts) {
-        throw std::runtime_error("megamoe: " + std::to_string(args.num_experts) +
-                                 " local experts; allowed are 1 to " + std::to_string(kMaxExperts));
+        throw std::runtime_error("megamoe: " + std::to_string(args.num_experts) + " local experts; allowed are 1 to " +
+                                 std::to_string(kMaxExperts));
     }
     check(cudaMemsetAsync(args.claims, 0, sizeof(int), args.stream), "clearing the work queue");
     // An empty pool has no tensor map, and no work but the zeros of a first wgrad.
@@ -71,8 +71,8 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     params.k_blocks = args.k_extent / kBlockK;
     params.limit = clamp_pair(args.limit);
     params.accumulate = args.accumulate;
-    params.deadline = {static_cast<unsigned long long>(args.deadline_ns),
-                       static_cast<WaitRecord*>(args.wait_record), 0};
+    params.deadline = {static_cast<unsigned long long>(args.deadline_ns), static_cast<WaitRecord*>(args.wait_record),
+                       0};
     check(launch_grouped_gemm(gemm, params, args.num_sms > 0 ? args.num_sms : sm_count(), args.stream),
           "launching the grouped GEMM");
 }

@@ -21,8 +21,8 @@ struct GroupedGemmArgs {
     int64_t pool_rows;
 
     // Per expert, in device memory.
-    const void* expert_maps;   // tensor maps of the weights, or of the gradients
-    float* const* gradients;   // wgrad: their addresses
+    const void* expert_maps;  // tensor maps of the weights, or of the gradients
+    float* const* gradients;  // wgrad: their addresses
     const int* expert_rows;
     const int* expert_offset;
     int num_experts;

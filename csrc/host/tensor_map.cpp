@@ -65,11 +65,11 @@ CUtensorMap make_tensor_map(MapKind kind, const void* address, int64_t rows, int
     const uint32_t extent[3] = {width, box.rows, box.blocks};
     const uint32_t steps[3] = {1, 1, 1};
     CUtensorMap map{};
-    const CUresult result = encoder()(
-        &map, is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, box.blocks ? 3 : 2,
-        const_cast<void*>(address), box.blocks ? dims_3d : dims_2d, strides, extent, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result =
+        encoder()(&map, is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                  box.blocks ? 3 : 2, const_cast<void*>(address), box.blocks ? dims_3d : dims_2d, strides, extent,
+                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
         throw std::runtime_error("megamoe: cuTensorMapEncodeTiled failed with CUresult " + std::to_string(result) +
                                  " for a matrix of " + std::to_string(rows) + " x " + std::to_string(cols));

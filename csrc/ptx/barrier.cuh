@@ -74,11 +74,10 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
 
 // Stores 16 bytes into CTA `cta` and completes 16 transaction bytes on the barrier beside them.
 __device__ __forceinline__ void store_async_cta(int4* slot, int4 value, uint64_t* barrier, uint32_t cta) {
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-            map_to_cta(smem_address(slot), cta)),
-        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(map_to_cta(smem_address(barrier), cta))
-        : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     map_to_cta(smem_address(slot), cta)),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(map_to_cta(smem_address(barrier), cta))
+                 : "memory");
 }
 
 __device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads) {

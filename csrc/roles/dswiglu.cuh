@@ -1,5 +1,5 @@
-// Epilogue of dgrad2. da_bar = fc2^T dY sits in the accumulators. The output stages arrive with h in them, 64 columns of
-// I each, [128 gate rows][128 up rows]; dg, du and a replace it and leave from there.
+// Epilogue of dgrad2. da_bar = fc2^T dY sits in the accumulators. The output stages arrive with h in them, 64 columns
+// of I each, [128 gate rows][128 up rows]; dg, du and a replace it and leave from there.
 #pragma once
 #include "roles/epilogue.cuh"
 

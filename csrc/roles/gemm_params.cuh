@@ -41,11 +41,11 @@ struct GemmParams {
     float* dp_partials;              // [M, n_tiles]
     int* claims;                     // units handed out; zeroed before the launch
     int num_experts;
-    int m_extent;     // wgrad: rows of the gradient
-    int n_extent;     // columns of the result; I for fc1 and dgrad2, whose h and dh have twice as many
-    int k_blocks;     // reduction steps; not for wgrad
+    int m_extent;          // wgrad: rows of the gradient
+    int n_extent;          // columns of the result; I for fc1 and dgrad2, whose h and dh have twice as many
+    int k_blocks;          // reduction steps; not for wgrad
     __nv_bfloat162 limit;  // SwiGLU clamp twice; +inf when off
-    int accumulate;   // wgrad: add to what is there
+    int accumulate;        // wgrad: add to what is there
     Deadline deadline;
 };
 

@@ -1,13 +1,14 @@
-// How results leave a CTA. An SM sends at most 32 bytes a cycle, so a tile's results take thousands of cycles to go: they
-// must travel while the next tile is multiplied. Behind a unit's operand stages the ring therefore grants *output
-// stages*: the math warps only drop their results there, and a storer warp per math warpgroup sends them by TMA and then
-// hands the stage back.
+// How results leave a CTA. An SM sends at most 32 bytes a cycle, so a tile's results take thousands of cycles to go:
+// they must travel while the next tile is multiplied. Behind a unit's operand stages the ring therefore grants *output
+// stages*: the math warps only drop their results there, and a storer warp per math warpgroup sends them by TMA and
+// then hands the stage back.
 //
-// A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of each.
+// A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of
+// each.
 //   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
-// Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the stage
-// arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
-// A unit's last stage, where it has at most two parts, takes the spare place beside the ring, so that the next unit's
+// Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the
+// stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store. A
+// unit's last stage, where it has at most two parts, takes the spare place beside the ring, so that the next unit's
 // operands find one more free stage.
 #pragma once
 #include "ptx/matrix.cuh"
@@ -16,13 +17,13 @@
 
 namespace megamoe {
 
-constexpr int kChunkColumns = 64;             // bf16 columns of a part
+constexpr int kChunkColumns = 64;  // bf16 columns of a part
 constexpr int kPartBytes = kTileM * 128;
 constexpr int kParts = kStageBytes / kPartBytes;
 static_assert(kParts == 3 && kPartBytes == kBytesA);
 
-constexpr int kGradColumns = 32;                       // fp32 columns of a part
-constexpr int kGradParts = kTileN / kGradColumns;      // of a tile
+constexpr int kGradColumns = 32;                   // fp32 columns of a part
+constexpr int kGradParts = kTileN / kGradColumns;  // of a tile
 
 // Chunks of column tile `n_tile`: fewer than four where I ends inside the tile, none behind its end.
 __device__ __forceinline__ int dswiglu_chunks(const GemmParams& params, int n_tile) {
@@ -89,7 +90,7 @@ struct Share {
     int rows_left;  // rows from there to the end of the expert
     int column;     // first column of the result
     int n_tile;
-    bool works;     // compute goes by 64 rows: a warpgroup works when its first row exists
+    bool works;  // compute goes by 64 rows: a warpgroup works when its first row exists
 };
 
 template <Gemm kGemm>
@@ -107,7 +108,8 @@ __device__ __forceinline__ Share share_of(const GemmParams& params, const UnitSl
     return share;
 }
 
-// --- math warps -------------------------------------------------------------------------------------------------------
+// --- math warps
+// -------------------------------------------------------------------------------------------------------
 
 // Waits for a place; the address of this warp's 16 rows in its first part.
 __device__ __forceinline__ uint32_t acquire_output(SharedStorage& shared, const Deadline& deadline, int warp_row,
@@ -140,7 +142,8 @@ __device__ __forceinline__ void put_part(uint32_t rows, Fragment fragment) {
     }
 }
 
-// --- storer warps -----------------------------------------------------------------------------------------------------
+// --- storer warps
+// -----------------------------------------------------------------------------------------------------
 
 // One output stage of a warpgroup; `part` is its first part in shared memory.
 template <Gemm kGemm>

@@ -48,8 +48,8 @@ __device__ UnitSlot unit_of_claim(const SharedStorage& shared, const GemmParams&
 }
 
 // All SMs start together and equal tiles keep them together, so that their epilogues would hit memory in bursts
-// (measured: 18 bytes a cycle and SM instead of 64). A first unit handed out a little later in each cluster spreads them.
-// Only where every cluster has several units, so that the start-up costs under a percent.
+// (measured: 18 bytes a cycle and SM instead of 64). A first unit handed out a little later in each cluster spreads
+// them. Only where every cluster has several units, so that the start-up costs under a percent.
 __device__ __forceinline__ void stagger_start(int total_units) {
     const int clusters = gridDim.x / kClusterSize;
     if (total_units < kStaggerUnits * clusters) return;

@@ -15,7 +15,7 @@ constexpr int kMathWarpgroups = 2;
 constexpr int kMathWarps = 4 * kMathWarpgroups;
 constexpr int kThreads = 128 * (1 + kMathWarpgroups);
 constexpr int kClusterSize = 2;
-constexpr int kWarpRows = 16;  // rows of a math warp
+constexpr int kWarpRows = 16;                                   // rows of a math warp
 constexpr int kUnitReaders = kMathWarps + 1 + kMathWarpgroups;  // warps of a CTA that read each unit
 
 // How far the clusters are moved apart at the start (cycles).
@@ -29,8 +29,8 @@ static_assert(128 * kProducerRegisters + 128 * kMathWarpgroups * kMathRegisters 
 
 // One unit of work as every role of a cluster reads it.
 struct alignas(16) UnitSlot {
-    int expert;     // -1: no more work
-    int m_tile;     // as schedule/grouped.cuh's Unit
+    int expert;  // -1: no more work
+    int m_tile;  // as schedule/grouped.cuh's Unit
     int n_tile;
     int n_pair;
     int row_begin;  // first row of the expert in the row pools

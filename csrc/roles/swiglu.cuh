@@ -11,7 +11,9 @@ using Pair = __nv_bfloat162;
 
 __device__ __forceinline__ Pair as_pair(uint32_t bits) { return *reinterpret_cast<const Pair*>(&bits); }
 __device__ __forceinline__ uint32_t as_bits(Pair pair) { return *reinterpret_cast<const uint32_t*>(&pair); }
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) { return as_bits(__floats2bfloat162_rn(low, high)); }
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    return as_bits(__floats2bfloat162_rn(low, high));
+}
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
@@ -36,7 +38,8 @@ __device__ __forceinline__ float gated(float g, float u) { return __fmul_rn(__fm
 // a of two neighbouring columns of one row.
 __device__ __forceinline__ uint32_t swiglu(uint32_t g, uint32_t u, float p, Pair limit) {
     const uint32_t gc = clamp_gate(g, limit), uc = clamp_up(u, limit);
-    return pack_bf16(__fmul_rn(p, gated(bf16_low(gc), bf16_low(uc))), __fmul_rn(p, gated(bf16_high(gc), bf16_high(uc))));
+    return pack_bf16(__fmul_rn(p, gated(bf16_low(gc), bf16_low(uc))),
+                     __fmul_rn(p, gated(bf16_high(gc), bf16_high(uc))));
 }
 
 struct ElementGrad {

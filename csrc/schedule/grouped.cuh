@@ -18,9 +18,9 @@ constexpr int kTileM = 128;
 constexpr int kTileN = 256;
 constexpr int kBlockK = 64;
 constexpr int kWarpgroupM = 64;
-constexpr int kRowTile = 128;       // every expert's segment of a row pool starts at a multiple of this
-constexpr int kRasterPairs = 8;     // M pairs that share a column tile before the next column tile starts
-constexpr int kMaxExperts = 512;    // local experts of one launch
+constexpr int kRowTile = 128;     // every expert's segment of a row pool starts at a multiple of this
+constexpr int kRasterPairs = 8;   // M pairs that share a column tile before the next column tile starts
+constexpr int kMaxExperts = 512;  // local experts of one launch
 
 struct Unit {
     int m_tile;   // first 128-row tile of the unit
@@ -31,13 +31,9 @@ struct Unit {
 MEGAMOE_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Rows of an expert that are done as M pairs, in pairs.
-MEGAMOE_HD constexpr int num_pairs(int rows) {
-    return rows / (2 * kTileM) + (rows % (2 * kTileM) > kTileM ? 1 : 0);
-}
+MEGAMOE_HD constexpr int num_pairs(int rows) { return rows / (2 * kTileM) + (rows % (2 * kTileM) > kTileM ? 1 : 0); }
 
-MEGAMOE_HD constexpr bool has_tail(int rows) {
-    return rows % (2 * kTileM) > 0 && rows % (2 * kTileM) <= kTileM;
-}
+MEGAMOE_HD constexpr bool has_tail(int rows) { return rows % (2 * kTileM) > 0 && rows % (2 * kTileM) <= kTileM; }
 
 MEGAMOE_HD constexpr int num_units(int rows, int n_tiles) {
     return num_pairs(rows) * n_tiles + (has_tail(rows) ? ceil_div(n_tiles, 2) : 0);

@@ -1,0 +1,79 @@
+"""The order of work of the grouped GEMM, walked on the CPU: csrc/schedule/grouped.cuh compiled for the host."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+TILE_M = 128
+
+
+@pytest.fixture(scope="module")
+def walker(tmp_path_factory) -> Path:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    assert compiler, "the schedule's CPU test needs a C++ compiler (g++ or c++) on PATH"
+    binary = tmp_path_factory.mktemp("schedule") / "walk"
+    command = [compiler, "-std=c++20", "-O1", "-Wall", "-Werror", f"-I{CSRC}", "-o", binary]
+    subprocess.run([*command, HERE / "walk_schedule.cpp"], check=True)
+    return binary
+
+
+def walk(walker: Path, cases: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """For each (n_tiles, rows): the tiles in order, two per unit, one of each CTA."""
+    text = "\n".join(f"{n} {rows}" for n, rows in cases)
+    lines = subprocess.run([walker], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
+    result = []
+    for line in lines:
+        units, *numbers = (int(word) for word in line.split())
+        assert len(numbers) == 4 * units
+        result.append(list(zip(numbers[::2], numbers[1::2], strict=True)))
+    return result
+
+
+def cases() -> list[tuple[int, int]]:
+    rng = random.Random(5)
+    edges = [0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 383, 384, 385, 1536, 5000]
+    return [(n, rows) for n in (1, 2, 3, 16, 28) for rows in edges] + [
+        (rng.randint(1, 64), rng.randint(0, 20000)) for _ in range(200)
+    ]
+
+
+def test_each_tile_is_done_once(walker):
+    """Every row and column tile that an expert has appears once; what lies beyond has no rows or no columns."""
+    for (n_tiles, rows), tiles in zip(cases(), walk(walker, cases()), strict=True):
+        needed = {(m, n) for m in range(-(-rows // TILE_M)) for n in range(n_tiles)}
+        assert len(set(tiles)) == len(tiles), f"n_tiles {n_tiles}, rows {rows}: a tile is done twice"
+        assert needed <= set(tiles), f"n_tiles {n_tiles}, rows {rows}: a tile is missing"
+        for m, n in set(tiles) - needed:
+            assert n == n_tiles and n_tiles % 2 == 1, f"n_tiles {n_tiles}, rows {rows}: tile {(m, n)} has no work"
+
+
+def test_no_row_tile_without_rows(walker):
+    """Compute is not padded to pairs: the last 1..128 rows are done by two CTAs side by side."""
+    for (n_tiles, rows), tiles in zip(cases(), walk(walker, cases()), strict=True):
+        beyond = [m for m, _ in tiles if m * TILE_M >= rows]
+        assert not beyond, f"n_tiles {n_tiles}, rows {rows}: row tile {beyond[0]} has no rows"
+
+
+def test_pairs_share_an_operand(walker):
+    """The CTAs of a unit have the same column tile or the same row tile: that operand is multicast."""
+    for (n_tiles, rows), tiles in zip(cases(), walk(walker, cases()), strict=True):
+        for (m0, n0), (m1, n1) in zip(tiles[::2], tiles[1::2], strict=True):
+            assert (m1, n1) in {(m0 + 1, n0), (m0, n0 + 1)}, f"n_tiles {n_tiles}, rows {rows}"
+
+
+def test_groups_reuse_a_column_tile(walker):
+    """Inside a group of eight pairs all row tiles of a column tile come one after the other."""
+    (tiles,) = walk(walker, [(16, 20 * 256)])
+    pairs = tiles[::2]
+    for start, width in ((0, 8), (8 * 16, 8), (16 * 16, 4)):
+        for column in range(16):
+            run = pairs[start + column * width : start + (column + 1) * width]
+            assert {n for _, n in run} == {column}
+            assert [m for m, _ in run] == sorted(m for m, _ in run)
