@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megamoe_train.training import checkpointing, launch, settings
+from megamoe_train.training.job import claim_folder
 from megamoe_train.training.metrics import Metrics, draw
 
 SHAPE = {"num-experts": ["32"], "moe-router-topk": ["6"], "micro-batch-size": ["4"], "global-batch-size": ["8"]}
@@ -123,6 +124,15 @@ def test_srun_becomes_torchruns_variables(clean_environment, tmp_path):
     assert launch.adopt_rank()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["3", "4", "1", "gpu07", "20031"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    out = tmp_path / "runs" / "one"
+    held = claim_folder(out)
+    with pytest.raises(ValueError, match=r"out: another run is writing to .*one"):
+        claim_folder(out)
+    os.close(held)
+    os.close(claim_folder(out))
 
 
 SPEAK = """

@@ -1,5 +1,6 @@
 """One rank of a training job: all checks, then the data, then Megatron's `pretrain()`, then a summary."""
 
+import fcntl
 import json
 import os
 import signal
@@ -27,13 +28,29 @@ def run(request: Request, *, verbose: bool) -> int:
             if rank == 0:
                 console.say(_nothing_left(job))
             return 0
-        prepared = _prepare(job, console if rank == 0 else None)
+        prepared = _prepare(job, console)
+        claim = claim_folder(request.out) if rank == 0 else None
     except Exception as error:
         return _fail(error, console, rank)
     try:
         return _train(job, prepared, console, rank, num_ranks)
     except Exception as error:
         return _crash(error, console, rank)
+    finally:
+        if claim is not None:
+            os.close(claim)
+
+
+def claim_folder(out: Path) -> int:
+    """Lock the output folder for the life of the returned descriptor. Raises ValueError while another run has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"out: another run is writing to {out}; --out DIR takes another folder") from None
+    return descriptor
 
 
 def _leave(number: int, frame) -> None:
@@ -60,26 +77,28 @@ def _crash(error: Exception, console: Console, rank: int) -> int:
     return 1
 
 
-def _prepare(job: Job, console: Console | None) -> prepare.Prepared | None:
-    """Tokens of a text source. Every rank calls; the first to arrive works. On failure no empty folder stays."""
-    if job.text_folder is None:
+def _prepare(job: Job, console: Console) -> prepare.Prepared | None:
+    """Tokens of a text source. The first rank of each machine works, the others wait for what it writes; if it fails
+    it leaves no empty folder, and whoever started the ranks ends the others."""
+    folder = job.text_folder
+    if folder is None:
         return None
-    cache = job.text_folder.parent
-    made = [folder for folder in (cache, *cache.parents) if not folder.exists()]
-    say = console.say if console else lambda text: None
+    while os.environ["LOCAL_RANK"] != "0" and not prepare.is_ready(folder):
+        time.sleep(0.1)
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
-        return prepare.prepare(job.source, job.args.vocab_size, cache, job.args.seq_length + 1, say)
+        return prepare.prepare(job.source, job.args.vocab_size, folder.parent, job.args.seq_length + 1, console.say)
     except ValueError:
-        (cache / "lock").unlink(missing_ok=True)
-        for folder in made:
-            _remove_if_empty(folder)
+        (folder.parent / "lock").unlink(missing_ok=True)
+        for parent in made:
+            _remove_if_empty(parent)
         raise
 
 
 def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
-    except OSError:  # another rank was faster, or somebody keeps files there
+    except OSError:  # somebody keeps files there
         return
 
 
@@ -119,7 +138,7 @@ def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: 
     console.end_progress()
     watch.draw()
     if watch.speaks:
-        for line in watch.summary(out, time.time() - begin, args.train_iters, stopped):
+        for line in watch.summary(time.time() - begin, args.train_iters, stopped):
             console.say(line)
     return 0
 
@@ -127,7 +146,6 @@ def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: 
 def _record(job: Job) -> None:
     """Write run.json, and mend the checkpoint tracker. By rank 0 alone, before the ranks first meet."""
     out = job.request.out
-    out.mkdir(parents=True, exist_ok=True)
     part = out / f"{RECORD}.part"
     part.write_text(json.dumps(job.record(), indent=1))
     os.replace(part, out / RECORD)
@@ -140,11 +158,12 @@ def header(job: Job, prepared: prepare.Prepared | None, num_ranks: int) -> list[
     import torch
 
     from megamoe_train import backends
+    from megamoe_train.megatron.install import options
 
     args = job.args
     device = f"GPU {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "CPU"
     ours = args.moe_token_dispatcher_type == "megamoe"
-    backend = f", backend {backends.resolve(args.megamoe_backend)}" if ours else ""
+    backend = f", backend {backends.resolve(options().backend)}" if ours else ""
     lines = [
         f"recipe {job.recipe.name}: {job.recipe.summary}",
         *(f"  note: {note}" for note in job.recipe.notes),

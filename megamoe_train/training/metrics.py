@@ -69,6 +69,7 @@ def draw(metrics: Metrics, title: str, path: Path) -> None:
         axes.annotate(f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(4, 8), color="tab:red")
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
+    axes.margins(y=0.1)
     axes.legend()
     figure.tight_layout()
     part = path.with_suffix(".part.png")

@@ -51,6 +51,11 @@ def folder_for(source: EmbeddedCorpus | TextFiles, vocab_size: int, cache: Path)
     return cache / f"{source.fingerprint()}-{vocab_size}-v{_FORMAT}"
 
 
+def is_ready(folder: Path) -> bool:
+    """Whether a prepared folder is there, which then is whole."""
+    return (folder / "meta.json").exists()
+
+
 def prepare(
     source: EmbeddedCorpus | TextFiles, vocab_size: int, cache: Path, least: int, say: Callable[[str], None]
 ) -> Prepared:
@@ -62,7 +67,7 @@ def prepare(
     folder = folder_for(source, vocab_size, cache)
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / "lock"):
-        if not (folder / "meta.json").exists():
+        if not is_ready(folder):
             _write(source, vocab_size, folder, least, say)
         prepared = Prepared(**{**json.loads((folder / "meta.json").read_text()), "folder": str(folder)})
     _check_length(prepared.source, {"train": prepared.train_tokens, "valid": prepared.valid_tokens}, least)

@@ -15,8 +15,7 @@ from megamoe_train import recipes
 from megamoe_train.training import checkpointing, corpus, prepare, settings
 
 RECORD = "run.json"  # in the output folder: what the run was started with
-_OWN_DATA = ("data-path", "data-args-path", "train-data-path", "per-split-data-args-path", "mock-data")
-_TOKENS_PER_READ = 1 << 24
+_OWN_DATA = ("data-path", "data-args-path", "train-data-path", "per-split-data-args-path")
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,16 @@ class Request:
     sets: tuple[str, ...] = ()
     megatron: tuple[str, ...] = ()  # Megatron arguments, as given after `--`
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where this run saves, and where it looks for what to resume from."""
+        return self.out / "checkpoints"
+
     def table(self, recipe: recipes.Recipe) -> settings.Settings:
         """The recipe's arguments with everything that the command line changes. Raises ValueError."""
         table = settings.from_recipe(recipe.settings)
-        checkpoints = str(self.out / "checkpoints")
-        table |= {"save": [checkpoints], "load": [checkpoints], "tensorboard-dir": [str(self.out / "tensorboard")]}
+        checkpoints = [str(self.checkpoints)]
+        table |= {"save": checkpoints, "load": checkpoints, "tensorboard-dir": [str(self.out / "tensorboard")]}
         settings.apply_sets(table, self.sets)
         settings.apply_arguments(table, self.megatron)
         return table
@@ -54,7 +58,7 @@ class Job:
 
     @property
     def start_step(self) -> int:
-        return self.checkpoint.step if self.checkpoint else 0
+        return self.checkpoint.step if self.checkpoint and not self.args.finetune else 0
 
     def record(self) -> dict:
         """What is kept in the output folder, so that a resumed run can be compared with the one that began."""
@@ -80,12 +84,17 @@ def check(request: Request, num_ranks: int) -> Job:
         os.environ.setdefault(name, value)
     folder = _point_to_data(table, source, request)
     args = _parse(table)
+    _check_backend(args)
     if isinstance(source, corpus.TokenFiles):
-        _check_tokens(source, args)
+        from megamoe_train.training import tokens
+
+        tokens.check(source, args)
     for name in ("train_iters", "eval_interval", "eval_iters", "save_interval"):
         if (getattr(args, name) or 0) < 1:
             raise ValueError(f"{name.replace('_', '-')}: {getattr(args, name)} is not 1 or more")
     checkpoint = checkpointing.find(Path(args.load), args.ckpt_step) if args.load else None
+    if checkpoint is None and args.load and Path(args.load) != request.checkpoints:
+        raise ValueError(f"load: {args.load} holds no checkpoint")
     if checkpoint:
         checkpointing.verify(checkpoint, args)
         _check_same_data(request.out, source)
@@ -93,6 +102,8 @@ def check(request: Request, num_ranks: int) -> Job:
 
 
 def _find_data(request: Request, table: settings.Settings) -> corpus.Source | None:
+    if "mock-data" in table:
+        raise ValueError("mock-data: this command trains on text; without --data it takes the texts Python carries")
     given = [name for name in _OWN_DATA if name in table]
     if given and request.data:
         raise ValueError(f"data: --data and --{given[0]} are both given; give one of them")
@@ -135,7 +146,6 @@ def _parse(table: settings.Settings) -> Namespace:
             args = arguments.parse_args(extra_args_provider=strict)
             arguments.validate_args(args)
             arguments.core_transformer_config_from_args(args)
-            _check_backend(args)
     finally:
         sys.argv = before
     return args
@@ -159,33 +169,13 @@ def _one_line_errors() -> Iterator[None]:
 
 def _check_backend(args: Namespace) -> None:
     from megamoe_train import backends
+    from megamoe_train.megatron.install import options
 
     if args.num_experts and args.moe_token_dispatcher_type == "megamoe":
-        backends.resolve(args.megamoe_backend)
-
-
-def _check_tokens(source: corpus.TokenFiles, args: Namespace) -> None:
-    """Raises ValueError where the index is broken, the text too short, or a token outside the vocabulary."""
-    import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    try:
-        dataset = IndexedDataset(str(source.prefix))
-    except Exception as error:
-        raise ValueError(f"data: {source.prefix}.idx cannot be read: {error}") from error
-    expected = int(dataset.sequence_lengths.sum())
-    tokens = np.memmap(f"{source.prefix}.bin", dtype=dataset.index.dtype, mode="r")
-    if len(tokens) < expected:
-        raise ValueError(f"data: {source.prefix}.bin has {len(tokens)} tokens of {expected} that its index names")
-    least = 20 * (args.seq_length + 1)  # the usual split keeps a twentieth for validation
-    if expected < least:
-        raise ValueError(f"data: {source.prefix}.bin has {expected} tokens; seq-length {args.seq_length} needs {least}")
-    largest = max(int(tokens[at : at + _TOKENS_PER_READ].max()) for at in range(0, expected, _TOKENS_PER_READ))
-    if args.vocab_size is not None and largest >= args.vocab_size:
-        raise ValueError(
-            f"data: {source.prefix}.bin has token {largest}, outside vocab-size {args.vocab_size}; "
-            f"--set vocab-size={largest + 1}"
-        )
+        try:
+            backends.resolve(options().backend)
+        except backends.BackendUnavailable as error:
+            raise ValueError(str(error)) from error
 
 
 def _check_same_data(out: Path, source: corpus.Source | None) -> None:

@@ -33,7 +33,8 @@ class Watch:
         self.start_step = start_step
         self.saved_step: int | None = None
         self.speaks = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-        self.metrics = Metrics(folder / "metrics.jsonl", start_step) if self.speaks else None
+        self.folder = folder
+        self.metrics: Metrics | None = None
         self._load: ExpertLoad | None = None
         self._mark: float | None = None  # when this step began; moved on by evaluations and saves between steps
         self._evaluated: tuple[int, tuple] | None = None  # step of the last evaluation, and what it returned
@@ -47,10 +48,10 @@ class Watch:
 
     def draw(self) -> None:
         """Write loss.png."""
-        if self.speaks and self.metrics.steps:
+        if self.metrics and self.metrics.steps:
             draw(self.metrics, self.title, self.picture)
 
-    def summary(self, folder: Path, seconds: float, last_step: int, stopped: bool) -> list[str]:
+    def summary(self, seconds: float, last_step: int, stopped: bool) -> list[str]:
         """The end of a session, in a few lines."""
         steps = self.step - self.start_step
         how = f"stopped at step {self.step} of {last_step}" if stopped else f"done: {self.step} steps"
@@ -59,7 +60,7 @@ class Watch:
         measured = [f"{line['validation_loss']:.4f} (step {line['step']})" for line in self.metrics.validations]
         if measured:
             lines.append("validation loss " + " -> ".join(dict.fromkeys((measured[0], measured[-1]))))
-        lines.append(f"loss curve {self.picture}; tensorboard --logdir {folder / 'tensorboard'}")
+        lines.append(f"loss curve {self.picture}; tensorboard --logdir {get_args().tensorboard_dir}")
         if self.saved_step is not None:
             lines.append(f"checkpoint of step {self.saved_step} in {get_args().save}")
         if stopped:
@@ -71,6 +72,8 @@ class Watch:
     ):
         args = get_args()
         self._load = ExpertLoad(model, args.num_layers)
+        if self.speaks:  # not before: by now the ranks have met, so rank 0 has claimed the folder
+            self.metrics = Metrics(self.folder / "metrics.jsonl", self.start_step)
         if args.iteration == 0 and args.do_valid:
             self._evaluate_first(args, forward_step, model, optimizer, valid_data, *rest)
         return original(forward_step, model, optimizer, scheduler, train_data, valid_data, *rest, **more)
