@@ -140,6 +140,14 @@ def measure(layer: Layer, product: str, iterations: int, paced: bool) -> dict[st
     return {**rates, "ms": times["ours"], "share": rates["ours"] / rates["cublas"]}
 
 
+def row_text(row: dict) -> str:
+    bare = f"{row['bare']:5.0f}" if "bare" in row else "    -"
+    return (
+        f"{row['shape']:6} {row['groups']:6} {row['product']:7} {row['mode']:9} {row['ms']:7.3f} {row['ours']:5.0f} "
+        f"{bare} {row['torch']:5.0f} {row['cublas']:6.0f} {row['share']:6.1%}"
+    )
+
+
 def run(shapes: list[str], kinds: list[str], products: list[str], modes: list[str], iterations: int) -> list[dict]:
     """One row per shape, grouping, product and mode; prints each as it comes."""
     print(f"{'shape':6} {'groups':6} {'product':7} {'mode':9} {'ms':>7} {'ours':>5} {'bare':>5} {'torch':>5} "
@@ -152,9 +160,7 @@ def run(shapes: list[str], kinds: list[str], products: list[str], modes: list[st
                 for mode in modes:
                     result = measure(layer, product, iterations, paced=mode == "paced")
                     rows.append({"shape": shape, "groups": kind, "product": product, "mode": mode, **result})
-                    bare = f"{result['bare']:5.0f}" if "bare" in result else "    -"
-                    print(f"{shape:6} {kind:6} {product:7} {mode:9} {result['ms']:7.3f} {result['ours']:5.0f} {bare} "
-                          f"{result['torch']:5.0f} {result['cublas']:6.0f} {result['share']:6.1%}", flush=True)  # fmt: skip
+                    print(row_text(rows[-1]), flush=True)
             del layer
             torch.cuda.empty_cache()
     return rows
