@@ -72,6 +72,7 @@ def check_early(
     recipe = recipes.find(request.recipe, recipes.World(num_ranks=num_ranks, num_gpus=num_gpus))
     table = request.table(recipe)
     settings.check_shape(table, num_ranks)
+    settings.check_steps(table)
     return recipe, table, _find_data(request, table)
 
 
@@ -89,9 +90,6 @@ def check(request: Request, num_ranks: int) -> Job:
         from megamoe_train.training import tokens
 
         tokens.check(source, args)
-    for name in ("train_iters", "eval_interval", "eval_iters", "save_interval"):
-        if (getattr(args, name) or 0) < 1:
-            raise ValueError(f"{name.replace('_', '-')}: {getattr(args, name)} is not 1 or more")
     checkpoint = checkpointing.find(Path(args.load), args.ckpt_step) if args.load else None
     if checkpoint is None and args.load and Path(args.load) != request.checkpoints:
         raise ValueError(f"load: {args.load} holds no checkpoint")
@@ -164,7 +162,7 @@ def _one_line_errors() -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         place = next((frame for frame in reversed(frames) if "megatron" in frame.filename), frames[-1])
         where = f"{Path(place.filename).name}:{place.lineno}"
-        raise ValueError(f"Megatron refuses these arguments ({where}): {error or place.line}") from error
+        raise ValueError(f"Megatron refuses these arguments ({where}): {str(error) or place.line}") from error
 
 
 def _check_backend(args: Namespace) -> None:

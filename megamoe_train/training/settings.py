@@ -98,6 +98,14 @@ def check_shape(settings: Settings, num_ranks: int) -> None:
     _check_batch(settings, num_ranks // (tensor * pipeline * context))
 
 
+def check_steps(settings: Settings) -> None:
+    """Raises ValueError unless the job has a number of steps, and evaluates and saves every so many of them."""
+    for name in ("train-iters", "eval-interval", "eval-iters", "save-interval"):
+        steps = integer(settings, name, 0)
+        if steps < 1:
+            raise ValueError(f"{name}: {steps if name in settings else 'absent'}, must be 1 or more")
+
+
 def _check_experts(settings: Settings, expert: int) -> None:
     experts, top_k = integer(settings, "num-experts", 0), integer(settings, "moe-router-topk", 2)
     if experts % expert:
