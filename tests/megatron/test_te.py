@@ -1,9 +1,10 @@
-"""TransformerEngine's grouped experts (TEGroupedMLP) paired with the fused call, on one GPU, against alltoall.
+"""TransformerEngine's grouped experts (TEGroupedMLP) paired with the fused call.
 
-Needs TransformerEngine and a GPU; everywhere else each test is reported as skipped, with that reason.
+Where TransformerEngine is missing, or a GPU for its own kernels, a test is reported as skipped with that reason.
 """
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from tests.distributed import run_ranks
 from tests.megatron import layers
 
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
-pytestmark = pytest.mark.skipif(
-    not (HAS_TE and torch.cuda.is_available()), reason="needs TransformerEngine and a GPU: TEGroupedMLP"
-)
+HAS_GPU = torch.cuda.is_available()
+needs_te = pytest.mark.skipif(not HAS_TE, reason="needs TransformerEngine: TEGroupedMLP")
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU: TransformerEngine's kernels are the other side")
 TOKENS = 96
 
 
@@ -110,9 +111,50 @@ def same_checkpoint(rank, world_size):
     assert ours.backward_dw() is None
 
 
+def against_sequential(rank, world_size):
+    """The paired TEGroupedMLP calls no kernel of TransformerEngine: in fp64 it equals SequentialMLP, with alltoall."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    from megamoe_train.megatron.experts import MegaMoETEGroupedMLP
+
+    layers.start(world_size, backend="reference")
+    theirs = layers.new_layer(layers.config("alltoall"))
+    truth, torch.cuda.is_available = torch.cuda.is_available, lambda: True  # TransformerEngine asks when it is built
+    cfg = layers.config(moe_grouped_gemm=True)
+    ours = get_moe_module_spec(use_te=True, num_experts=layers.EXPERTS, moe_grouped_gemm=True)(config=cfg).double()
+    torch.cuda.is_available = truth
+    assert type(ours.experts) is MegaMoETEGroupedMLP
+    weights = {grouped_name(name): p for name, p in theirs.named_parameters()}
+    ours.load_state_dict(weights, strict=False)
+    ours.set_layer_number(1)
+    assert [(n, p.shape, getattr(p, "allreduce", True)) for n, p in sorted(ours.named_parameters())] == [
+        (n, p.shape, getattr(p, "allreduce", True)) for n, p in sorted(weights.items())
+    ]
+    x = layers.hidden(12)
+    expected = {grouped_name(name): tensor for name, tensor in layers.run(theirs, x).items()}
+    layers.assert_equal(layers.run(ours, x), expected)
+    keys = [{shard.key for shard in layer.sharded_state_dict(prefix="mlp.").values()} for layer in (theirs, ours)]
+    assert keys[0] == keys[1] and ours.backward_dw() is None
+
+
+def grouped_name(name: str) -> str:
+    """SequentialMLP's name of a parameter -> TEGroupedMLP's."""
+    return re.sub(r"local_experts\.(\d+)\.(linear_fc[12])\.weight", r"\2.weight\1", name)
+
+
+@needs_te
+@pytest.mark.skipif(HAS_GPU, reason="needs a machine without a GPU: fp64 on gloo")
+def test_paired_te_experts_equal_sequential_experts():
+    run_ranks(against_sequential, 2)
+
+
+@needs_te
+@needs_gpu
 def test_paired_te_experts_are_as_exact_as_alltoall():
     run_ranks(against_alltoall, 1)
 
 
+@needs_te
+@needs_gpu
 def test_paired_te_experts_have_the_same_checkpoint():
     run_ranks(same_checkpoint, 1)
