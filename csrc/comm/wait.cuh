@@ -4,17 +4,30 @@
 
 namespace megamoe {
 
-// What a warp was waiting for; wait_names in megamoe_train/ops.py holds the same list.
-enum class Waiting : int { kUnit = 1, kUnitSlotFree = 2, kStageFull = 3, kStageFree = 4, kOutputFull = 5 };
+// What a warp was waiting for; WAITS in megamoe_train/watchdog.py holds the same list. From 32 on: between ranks.
+enum class Waiting : int {
+    // clang-format off
+    kUnit = 1, kUnitSlotFree = 2, kStageFull = 3, kStageFree = 4, kOutputFull = 5,
+    kCounts = 32, kRowSources = 33, kReady = 34, kPulled = 35, kPushed = 36, kRowLanded = 37,
+    // clang-format on
+};
 
-// Lives in mapped pinned host memory; `claimed` is taken by the first expiry.
+// Why it gave up; FAILURES in megamoe_train/watchdog.py.
+enum class Failure : int { kExpired = 1, kMismatch = 2, kAborted = 3 };
+
+// Lives in mapped pinned host memory; `claimed` is taken by the first failure, `complete` is set after the other
+// fields.
 struct WaitRecord {
     int claimed;
+    int complete;
+    int failure;
     int what;
     int block;
     int thread;
-    int expected;
     int rank;
+    int peer;  // the rank that did not come; -1: none, the wait is inside this rank
+    unsigned long long expected;
+    unsigned long long seen;
 };
 
 struct Deadline {
@@ -29,16 +42,25 @@ __device__ __forceinline__ unsigned long long global_nanoseconds() {
     return now;
 }
 
-__device__ __forceinline__ void expire(const Deadline& deadline, Waiting what, int expected) {
+__device__ __forceinline__ void write_record(const Deadline& deadline, Waiting what, Failure failure, int peer,
+                                             unsigned long long expected, unsigned long long seen) {
     WaitRecord* record = deadline.record;
-    if (record != nullptr && atomicCAS_system(&record->claimed, 0, 1) == 0) {
-        record->what = static_cast<int>(what);
-        record->block = blockIdx.x;
-        record->thread = threadIdx.x;
-        record->expected = expected;
-        record->rank = deadline.rank;
-        __threadfence_system();
-    }
+    if (record == nullptr || atomicCAS_system(&record->claimed, 0, 1) != 0) return;
+    record->failure = static_cast<int>(failure);
+    record->what = static_cast<int>(what);
+    record->block = blockIdx.x;
+    record->thread = threadIdx.x;
+    record->rank = deadline.rank;
+    record->peer = peer;
+    record->expected = expected;
+    record->seen = seen;
+    __threadfence_system();
+    *const_cast<volatile int*>(&record->complete) = 1;
+    __threadfence_system();
+}
+
+__device__ __forceinline__ void expire(const Deadline& deadline, Waiting what, int expected) {
+    write_record(deadline, what, Failure::kExpired, -1, expected, expected ^ 1);
     __trap();
 }
 
@@ -53,11 +75,6 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity, const D
     // Two tries suspend for up to the hardware's time limit each; only then is the clock read.
     if (ptx::mbarrier_try_wait(barrier, parity) || ptx::mbarrier_try_wait(barrier, parity)) return;
     wait_slow(barrier, parity, deadline, what);
-}
-
-__device__ __forceinline__ void spin(int cycles) {
-    const long long start = clock64();
-    while (clock64() - start < cycles) {}
 }
 
 }  // namespace megamoe

@@ -63,22 +63,25 @@ __device__ __forceinline__ void swiglu_epilogue(SharedStorage& shared, const Gem
     }
 }
 
-__device__ __forceinline__ void put_pair(uint32_t address, float v0, float v1, bool add) {
-    float2 old = {0.0f, 0.0f};
-    if (add) old = ptx::load_shared_v2(address);
-    ptx::store_shared_v2(address, __fadd_rn(old.x, v0), __fadd_rn(old.y, v1));
+// Where this thread's two neighbouring columns of block j, rows lane/4 + 8 half, lie in 32 columns of fp32.
+__device__ __forceinline__ uint32_t float_address(uint32_t rows, int j, int half) {
+    const int lane = threadIdx.x & 31;
+    return rows + ptx::swizzle_128(lane / 4 + 8 * half, 2 * j + (lane & 3) / 2) + (lane & 1) * 8;
 }
 
-// 32 columns of fp32, added to what the part holds or written.
+// 32 columns of fp32, added to what the part holds or written. All loads go first: one by one, each store would wait
+// out a load's latency.
 __device__ __forceinline__ void put_floats(uint32_t rows, const float* v, bool add) {
-    const int lane = threadIdx.x & 31;
-    const int row = lane / 4;
+    float2 old[4][2] = {};
+    if (add) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const int unit = 2 * j + (lane & 3) / 2;
-        const uint32_t at = rows + (lane & 1) * 8;
-        put_pair(at + ptx::swizzle_128(row, unit), v[4 * j], v[4 * j + 1], add);
-        put_pair(at + ptx::swizzle_128(row + 8, unit), v[4 * j + 2], v[4 * j + 3], add);
+        for (int i = 0; i < 8; ++i) old[i / 2][i % 2] = ptx::load_shared_v2(float_address(rows, i / 2, i % 2));
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float2 was = old[i / 2][i % 2];
+        ptx::store_shared_v2(float_address(rows, i / 2, i % 2), __fadd_rn(was.x, v[2 * i]),
+                             __fadd_rn(was.y, v[2 * i + 1]));
     }
 }
 

@@ -47,21 +47,11 @@ __device__ UnitSlot unit_of_claim(const SharedStorage& shared, const GemmParams&
     return {expert, unit.m_tile, unit.n_tile, unit.n_pair, params.expert_offset[expert], rows, k_blocks, 0};
 }
 
-// All SMs start together and equal tiles keep them together, so that their epilogues would hit memory in bursts
-// (measured: 18 bytes a cycle and SM instead of 64). A first unit handed out a little later in each cluster spreads
-// them. Only where every cluster has several units, so that the start-up costs under a percent.
-__device__ __forceinline__ void stagger_start(int total_units) {
-    const int clusters = gridDim.x / kClusterSize;
-    if (total_units < kStaggerUnits * clusters) return;
-    spin(static_cast<int>(blockIdx.x / kClusterSize) * kStaggerCycles / clusters);
-}
-
 template <Gemm kGemm>
 __device__ void scheduler_role(SharedStorage& shared, const GemmParams& params) {
     const int n_tiles = ceil_div(params.n_extent, GemmTraits<kGemm>::kColumns);
     total_units<kGemm>(shared, params, n_tiles);
     if ((threadIdx.x & 31) != 0) return;
-    stagger_start(shared.unit_end[params.num_experts - 1]);
     UnitCursor cursor;
     int expert = 0;
     while (true) {

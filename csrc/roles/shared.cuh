@@ -18,10 +18,6 @@ constexpr int kClusterSize = 2;
 constexpr int kWarpRows = 16;                                   // rows of a math warp
 constexpr int kUnitReaders = kMathWarps + 1 + kMathWarpgroups;  // warps of a CTA that read each unit
 
-// How far the clusters are moved apart at the start (cycles).
-constexpr int kStaggerCycles = 16384;
-constexpr int kStaggerUnits = 8;  // units per cluster below which clusters start together
-
 // Registers per thread. The launch bound gives 168; the producer warpgroup hands its share to the math warpgroups.
 constexpr int kProducerRegisters = 40;
 constexpr int kMathRegisters = 232;
