@@ -7,15 +7,15 @@ import pytest
 from tests.megatron import rows
 from tests.megatron.curves import EP1, EP2, OVERLAPPED, resumed, row, weights_alone
 
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 SHARED = ("--moe-shared-expert-intermediate-size", "128")
 ROWS = {
     "EP=2": row(*EP2),
     "EP=1, data parallel": row(*EP1),
-    "staged": row(*EP2, "--megamoe-experts", "staged"),
-    "full recomputation": row(
-        *EP2, "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"
-    ),
-    "recomputed MoE layers": row(*EP2, "--recompute-granularity", "selective", "--recompute-modules", "moe"),
+    "staged": row(*EP2, ours_too=("--megamoe-experts", "staged")),
+    "full recomputation": row(*EP2, ours_too=FULL),
+    "recomputed MoE layers": row(*EP2, ours_too=("--recompute-granularity", "selective", "--recompute-modules", "moe")),
+    "recomputed h": row(*EP2, ours_too=("--megamoe-recompute", "fc1")),
     "shared experts and MTP": row(*EP2, *SHARED, "--mtp-num-layers", "1"),
     "evaluation after every step": row(*EP2, "--eval-interval", "1"),
     "dropped tokens": row(*EP2, "--moe-expert-capacity-factor", "0.75"),

@@ -62,7 +62,7 @@ def train(*extra: str, dispatcher: str = "megamoe") -> Curve:
 
     from megamoe_train import install
 
-    install()
+    install(backend="auto", recompute=None, experts="paired")  # not what the run before was given
     # Its default is a manager process, 4 seconds to start; checkpoints here are written by this process itself.
     filesystem_async._results_queue = queue.Queue()
     try:
