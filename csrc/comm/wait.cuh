@@ -59,9 +59,11 @@ __device__ __forceinline__ void write_record(const Deadline& deadline, Waiting w
     __threadfence_system();
 }
 
-__device__ __forceinline__ void expire(const Deadline& deadline, Waiting what, int expected) {
+// A call that does not return: inlined, the record's stores cost every role registers at each of its waits.
+[[noreturn]] static __device__ __noinline__ void expire(const Deadline& deadline, Waiting what, int expected) {
     write_record(deadline, what, Failure::kExpired, -1, expected, expected ^ 1);
     __trap();
+    __builtin_unreachable();
 }
 
 __device__ __forceinline__ void wait_slow(uint64_t* barrier, uint32_t parity, const Deadline& deadline, Waiting what) {

@@ -70,7 +70,7 @@ __device__ __forceinline__ void dswiglu_step(SharedStorage& shared, const GemmPa
 __device__ __forceinline__ void dswiglu_epilogue(SharedStorage& shared, const GemmParams& params, const Share& share,
                                                  WarpPlace place, int stages, float2 p, const float (&d)[128],
                                                  Position& position) {
-    const int chunks = dswiglu_chunks(params, share.n_tile);
+    const int chunks = dswiglu_chunks(params.n_extent, share.n_tile);
     float2 dp = {0.0f, 0.0f};
     dswiglu_step<0>(shared, params, place, chunks, p, dp, d, position);
     dswiglu_step<1>(shared, params, place, chunks, p, dp, d, position);

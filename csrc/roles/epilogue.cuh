@@ -90,7 +90,7 @@ __device__ __forceinline__ void wgrad_epilogue(SharedStorage& shared, const Gemm
                                                const float (&d)[128], Position& position) {
     const bool add = params.accumulate;
 #pragma unroll
-    for (int stage = 0; stage < ceil_div(kGradParts, kParts); ++stage) {
+    for (int stage = 0; stage < kGradStages; ++stage) {
         const OutputPlace output = position.next_output<Gemm::kWgrad>(stage);
         const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
 #pragma unroll

@@ -8,26 +8,16 @@
 
 namespace megamoe {
 
-// Letters as in DESIGN section 1; per expert, with its `rows` rows:
-enum class Gemm : int {
-    kFc1,     // [rows, 2I] = x[rows, H] fc1[2I, H]^T    epilogue: h, a = p silu(g')u'
-    kFc2,     // [rows, H]  = a[rows, I] fc2[H, I]^T     epilogue: y rows
-    kDgrad2,  // [rows, I]  = dy[rows, H] fc2[H, I]      epilogue: dh, a again, dp partials
-    kDgrad1,  // [rows, H]  = dh[rows, 2I] fc1[2I, H]    epilogue: dx rows
-    kWgrad,   // [out, in] += dout[rows, out]^T in[rows, in]   epilogue: fp32 add or store
-};
-
 template <Gemm kGemm>
 struct GemmTraits {
     static constexpr bool kIsWgrad = kGemm == Gemm::kWgrad;
     static constexpr bool kIsDgrad = kGemm == Gemm::kDgrad2 || kGemm == Gemm::kDgrad1;
     static constexpr ptx::Major kMajorA = kIsWgrad ? ptx::Major::MN : ptx::Major::K;
     static constexpr ptx::Major kMajorB = kIsWgrad || kIsDgrad ? ptx::Major::MN : ptx::Major::K;
-    // fc1's B tile is 128 gate rows and the 128 up rows that belong to them: its column tile is 128 of I.
-    static constexpr int kColumns = kGemm == Gemm::kFc1 ? kTileN / 2 : kTileN;
+    static constexpr int kColumns = tile_columns(kGemm);
 };
 
-// The tensors of one product; which fields it uses follows from the table above.
+// The tensors of one product; which fields it uses follows from the table in schedule/ring.cuh.
 struct GemmParams {
     CUtensorMap a;                   // left operand: a row pool
     CUtensorMap b;                   // wgrad: right operand, a row pool; dgrad2: h, for the epilogue

@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_stage(SharedStorage& shared, const GemmPara
                                            const CUtensorMap* weights, int rank, int stage, int k_block) {
     uint8_t* dst = shared.ring[stage];
     uint64_t* full = &shared.stage_full[stage];
-    const Unit pair{unit.m_tile, unit.n_tile, unit.n_pair != 0};
+    const Unit pair = unit_of(unit);
     const int m_tile = m_tile_of(pair, rank), n_tile = n_tile_of(pair, rank);
     ptx::mbarrier_expect(full, kStageBytes);
     if (unit.n_pair) {
@@ -101,7 +101,7 @@ template <Gemm kGemm>
 __device__ __forceinline__ void grant_outputs(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
                                               int rank, Position& position) {
     const Share share = share_of<kGemm>(params, slot, rank, 0);
-    const int stages = output_stages<kGemm>(params, slot);
+    const int stages = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
     for (int stage = 0; stage < stages; ++stage) {
         const OutputPlace place = position.next_output<kGemm>(stage);
         wait(&shared.stage_free[place.index], place.parity ^ 1, params.deadline, Waiting::kStageFree);

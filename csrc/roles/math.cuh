@@ -70,7 +70,7 @@ __device__ void math_role(SharedStorage& shared, const GemmParams& params, int w
         const UnitSlot slot = next_unit(shared, units, params.deadline);
         if (slot.expert < 0) break;
         const Share share = share_of<kGemm>(params, slot, rank, warpgroup);
-        const int outputs = output_stages<kGemm>(params, slot);
+        const int outputs = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
         if (!share.works) {
             skip<kGemm>(shared, params, slot.k_blocks, outputs, position);
             continue;

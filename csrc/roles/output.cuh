@@ -7,9 +7,7 @@
 // each.
 //   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
 // Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the
-// stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store. A
-// unit's last stage, where it has at most two parts, takes the spare place beside the ring, so that the next unit's
-// operands find one more free stage.
+// stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
 #pragma once
 #include "ptx/matrix.cuh"
 #include "ptx/tma.cuh"
@@ -17,68 +15,20 @@
 
 namespace megamoe {
 
-constexpr int kChunkColumns = 64;  // bf16 columns of a part
 constexpr int kPartBytes = kTileM * 128;
-constexpr int kParts = kStageBytes / kPartBytes;
-static_assert(kParts == 3 && kPartBytes == kBytesA);
+static_assert(kParts * kPartBytes == kStageBytes && kPartBytes == kBytesA && 2 * kPartBytes == kSpareBytes);
 
-constexpr int kGradColumns = 32;                   // fp32 columns of a part
-constexpr int kGradParts = kTileN / kGradColumns;  // of a tile
-
-// Chunks of column tile `n_tile`: fewer than four where I ends inside the tile, none behind its end.
-__device__ __forceinline__ int dswiglu_chunks(const GemmParams& params, int n_tile) {
-    const int left = (params.n_extent - n_tile * kTileN) / kChunkColumns;
-    return max(0, min(kTileN / kChunkColumns, left));
-}
-
-// Output stages of a unit. A stage is free only when both CTAs are done with it, so both walk the same number.
-template <Gemm kGemm>
-__device__ __forceinline__ int output_stages(const GemmParams& params, const UnitSlot& slot) {
-    if constexpr (kGemm == Gemm::kDgrad2) {
-        const Unit unit{slot.m_tile, slot.n_tile, slot.n_pair != 0};
-        return max(dswiglu_chunks(params, n_tile_of(unit, 0)), dswiglu_chunks(params, n_tile_of(unit, 1)));
-    } else if constexpr (kGemm == Gemm::kWgrad) {
-        return slot.k_blocks == 0 ? 0 : ceil_div(kGradParts, kParts);
-    } else {
-        return 2;
-    }
-}
-
-// A place for results: a stage of the ring or, with index kStages, the spare.
-struct OutputPlace {
-    int index;
-    uint32_t parity;
-};
-
-// Where a role stands: the ring, and laps of the spare.
-struct Position {
-    StageCursor ring;
-    uint32_t spare_parity = 0;
-
-    // The place of output stage `stage`; moves on.
-    template <Gemm kGemm>
-    __device__ __forceinline__ OutputPlace next_output(int stage) {
-        constexpr bool kSpare = kGemm != Gemm::kFc1 && kGemm != Gemm::kDgrad2;
-        if (kSpare && stage == (kGemm == Gemm::kWgrad ? 2 : 1)) {
-            const OutputPlace place{kStages, spare_parity};
-            spare_parity ^= 1;
-            return place;
-        }
-        const OutputPlace place{ring.index, ring.parity};
-        ring.advance();
-        return place;
-    }
-};
+__device__ __forceinline__ Unit unit_of(const UnitSlot& slot) { return {slot.m_tile, slot.n_tile, slot.n_pair != 0}; }
 
 __device__ __forceinline__ uint8_t* output_memory(SharedStorage& shared, OutputPlace place) {
-    return place.index == kStages ? shared.spare : shared.ring[place.index];
+    return place.index == kSpare ? shared.spare : shared.ring[place.index];
 }
 
 // `count` warps of this CTA are done with the place. Only a stage of the ring concerns the peer's loader too.
 __device__ __forceinline__ void release_output(SharedStorage& shared, OutputPlace place, uint32_t count) {
     const int lane = threadIdx.x & 31;
-    if (place.index == kStages) {
-        if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[kStages], count);
+    if (place.index == kSpare) {
+        if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[kSpare], count);
     } else if (lane < kClusterSize) {
         ptx::mbarrier_arrive_cta(&shared.stage_free[place.index], lane, count);
     }
@@ -90,21 +40,22 @@ struct Share {
     int rows_left;  // rows from there to the end of the expert
     int column;     // first column of the result
     int n_tile;
-    bool works;  // compute goes by 64 rows: a warpgroup works when its first row exists
+    bool works;
 };
 
 template <Gemm kGemm>
 __device__ __forceinline__ Share share_of(const GemmParams& params, const UnitSlot& slot, int rank, int warpgroup) {
     using Traits = GemmTraits<kGemm>;
-    const Unit unit{slot.m_tile, slot.n_tile, slot.n_pair != 0};
+    const Unit unit = unit_of(slot);
     const int row = m_tile_of(unit, rank) * kTileM + warpgroup * kWarpgroupM;
     const int n_tile = n_tile_of(unit, rank);
     Share share;
     share.row = row + (Traits::kIsWgrad ? 0 : slot.row_begin);
-    share.rows_left = (Traits::kIsWgrad ? params.m_extent : slot.rows) - row;
+    const int m_rows = Traits::kIsWgrad ? params.m_extent : slot.rows;
+    share.rows_left = m_rows - row;
     share.column = n_tile * Traits::kColumns;
     share.n_tile = n_tile;
-    share.works = share.rows_left > 0 && share.column < params.n_extent;
+    share.works = has_work(kGemm, unit, rank, warpgroup, m_rows, params.n_extent);
     return share;
 }
 
@@ -179,8 +130,8 @@ __device__ void storer_role(SharedStorage& shared, const GemmParams& params, int
         const UnitSlot slot = next_unit(shared, units, params.deadline);
         if (slot.expert < 0) break;
         const Share share = share_of<kGemm>(params, slot, rank, warpgroup);
-        const int outputs = output_stages<kGemm>(params, slot);
-        const int own = kGemm == Gemm::kDgrad2 ? dswiglu_chunks(params, share.n_tile) : outputs;
+        const int outputs = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
+        const int own = kGemm == Gemm::kDgrad2 ? dswiglu_chunks(params.n_extent, share.n_tile) : outputs;
         const CUtensorMap* gradient = params.expert_maps + slot.expert;
         if (GemmTraits<kGemm>::kIsWgrad && outputs > 0) ptx::tensor_map_acquire(gradient);
         position.ring.skip(slot.k_blocks);
@@ -196,7 +147,7 @@ __device__ void storer_role(SharedStorage& shared, const GemmParams& params, int
                 ptx::tma_store_wait_read<0>();
             }
             __syncwarp();
-            release_output(shared, place, kMathWarps / kMathWarpgroups);
+            release_output(shared, place, kWarpgroupWarps);
         }
     }
     // Everything sent is performed before the CTA exits.

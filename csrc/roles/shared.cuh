@@ -1,22 +1,16 @@
 // What the warps of a CTA share: the operand ring, the output staging, the queue of units, and their barriers.
 #pragma once
 #include "comm/wait.cuh"
-#include "schedule/grouped.cuh"
+#include "schedule/ring.cuh"
 
 namespace megamoe {
 
-constexpr int kStages = 4;
 constexpr int kBytesA = kTileM * kBlockK * 2;
 constexpr int kBytesB = kTileN * kBlockK * 2;
 constexpr int kStageBytes = kBytesA + kBytesB;
 constexpr int kSpareBytes = 32768;  // beside the ring: two parts of results (roles/output.cuh)
-constexpr int kUnitSlots = 4;
-constexpr int kMathWarpgroups = 2;
-constexpr int kMathWarps = 4 * kMathWarpgroups;
 constexpr int kThreads = 128 * (1 + kMathWarpgroups);
-constexpr int kClusterSize = 2;
-constexpr int kWarpRows = 16;                                   // rows of a math warp
-constexpr int kUnitReaders = kMathWarps + 1 + kMathWarpgroups;  // warps of a CTA that read each unit
+constexpr int kWarpRows = 16;  // rows of a math warp
 
 // Registers per thread. The launch bound gives 168; the producer warpgroup hands its share to the math warpgroups.
 constexpr int kProducerRegisters = 40;
@@ -40,7 +34,7 @@ struct alignas(1024) SharedStorage {
     uint8_t ring[kStages][kStageBytes];
     uint8_t spare[kSpareBytes];
     UnitSlot units[kUnitSlots];
-    uint64_t stage_full[kStages + 1];  // the last one is the spare's, here and below
+    uint64_t stage_full[kStages + 1];  // [kSpare]: the spare place, here and below
     uint64_t stage_free[kStages + 1];
     uint64_t output_full[kMathWarpgroups][kStages + 1];
     uint64_t unit_full[kUnitSlots];
@@ -49,37 +43,17 @@ struct alignas(1024) SharedStorage {
 };
 static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
-// Position in a ring of kCount slots: index and the parity of the lap.
-template <int kCount>
-struct Cursor {
-    int index = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++index == kCount) {
-            index = 0;
-            parity ^= 1;
-        }
-    }
-    __device__ __forceinline__ void skip(int steps) {
-        const int to = index + steps;
-        parity ^= (to / kCount) & 1;
-        index = to % kCount;
-    }
-};
-using StageCursor = Cursor<kStages>;
-using UnitCursor = Cursor<kUnitSlots>;
-
 // By one thread of each CTA, followed by a cluster_sync of all.
 __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
     for (int i = 0; i <= kStages; ++i) {
         ptx::mbarrier_init(&shared.stage_full[i], 1);
-        for (int w = 0; w < kMathWarpgroups; ++w) ptx::mbarrier_init(&shared.output_full[w][i], 4);
-        // Every math warp (or its storer for it), for a stage of the ring of both CTAs: a multicast writes into both.
-        ptx::mbarrier_init(&shared.stage_free[i], i < kStages ? kMathWarps * kClusterSize : kMathWarps);
+        for (int w = 0; w < kMathWarpgroups; ++w) ptx::mbarrier_init(&shared.output_full[w][i], kOutputFullArrivals);
+        // By the math warps, or a storer for its four.
+        ptx::mbarrier_init(&shared.stage_free[i], i == kSpare ? kSpareFreeArrivals : kStageFreeArrivals);
     }
     for (int i = 0; i < kUnitSlots; ++i) {
         ptx::mbarrier_init(&shared.unit_full[i], 1);
-        ptx::mbarrier_init(&shared.unit_free[i], kUnitReaders * kClusterSize);
+        ptx::mbarrier_init(&shared.unit_free[i], kUnitFreeArrivals);
     }
     ptx::fence_mbarrier_init();
 }

@@ -7,7 +7,7 @@
 #pragma once
 
 #ifdef __CUDACC__
-#define MEGAMOE_HD __host__ __device__
+#define MEGAMOE_HD __host__ __device__ __forceinline__
 #else
 #define MEGAMOE_HD
 #endif

@@ -1,0 +1,117 @@
+// The protocol of a CTA's operand ring: how many stages, in which order they are walked, who hands what back how often.
+// Pure: the CPU test (tests/csrc/walk_ring.cpp) runs the roles' programs over it in random orders.
+//
+// Every unit walks its operand stages (`k_blocks`) and then its output stages, the places where results wait to be
+// sent. A unit's last output stage, where it is small, lies in a spare place beside the ring, so that the next unit's
+// operands find one more free stage.
+#pragma once
+#include "schedule/grouped.cuh"
+
+namespace megamoe {
+
+// Letters as in DESIGN section 1; per expert, with its `rows` rows:
+enum class Gemm : int {
+    kFc1,     // [rows, 2I] = x[rows, H] fc1[2I, H]^T    epilogue: h, a = p silu(g')u'
+    kFc2,     // [rows, H]  = a[rows, I] fc2[H, I]^T     epilogue: y rows
+    kDgrad2,  // [rows, I]  = dy[rows, H] fc2[H, I]      epilogue: dh, a again, dp partials
+    kDgrad1,  // [rows, H]  = dh[rows, 2I] fc1[2I, H]    epilogue: dx rows
+    kWgrad,   // [out, in] += dout[rows, out]^T in[rows, in]   epilogue: fp32 add or store
+};
+
+constexpr int kClusterSize = 2;
+constexpr int kMathWarpgroups = 2;
+constexpr int kWarpgroupWarps = 4;
+constexpr int kMathWarps = kWarpgroupWarps * kMathWarpgroups;
+constexpr int kStages = 4;
+constexpr int kSpare = kStages;  // index of the spare place where stages are counted
+constexpr int kUnitSlots = 4;
+constexpr int kUnitReaders = kMathWarps + 1 + kMathWarpgroups;  // warps of a CTA that read each unit
+
+// Arrivals that complete a phase.
+constexpr int kUnitFreeArrivals = kUnitReaders * kClusterSize;
+constexpr int kStageFreeArrivals = kMathWarps * kClusterSize;  // both CTAs: a multicast writes into both
+constexpr int kSpareFreeArrivals = kMathWarps;
+constexpr int kOutputFullArrivals = kWarpgroupWarps;
+
+constexpr int kChunkColumns = 64;                  // columns of I in one output stage of dgrad2
+constexpr int kParts = 3;                          // 16 KB parts of a stage
+constexpr int kGradColumns = 32;                   // fp32 columns of a part
+constexpr int kGradParts = kTileN / kGradColumns;  // parts of a gradient tile
+constexpr int kGradStages = ceil_div(kGradParts, kParts);
+
+// Position in a ring of kCount slots: index and the parity of the lap.
+template <int kCount>
+struct Cursor {
+    int index = 0;
+    unsigned parity = 0;
+    MEGAMOE_HD constexpr void advance() {
+        if (++index == kCount) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+    MEGAMOE_HD constexpr void skip(int steps) {
+        const int to = index + steps;
+        parity ^= (to / kCount) & 1;
+        index = to % kCount;
+    }
+};
+using StageCursor = Cursor<kStages>;
+using UnitCursor = Cursor<kUnitSlots>;
+
+// Columns of a tile of the result: fc1's holds 128 gate columns and the 128 up columns that belong to them.
+MEGAMOE_HD constexpr int tile_columns(Gemm gemm) { return gemm == Gemm::kFc1 ? kTileN / 2 : kTileN; }
+
+// Chunks of dgrad2's column tile `n_tile`: fewer than four where I ends inside the tile, none behind its end.
+MEGAMOE_HD constexpr int dswiglu_chunks(int n_extent, int n_tile) {
+    const int left = (n_extent - n_tile * kTileN) / kChunkColumns;
+    return left < 0 ? 0 : (left < kTileN / kChunkColumns ? left : kTileN / kChunkColumns);
+}
+
+// Output stages of a unit. A stage is free only when both CTAs are done with it, so both walk the same number.
+MEGAMOE_HD constexpr int output_stages(Gemm gemm, int n_extent, Unit unit, int k_blocks) {
+    if (gemm == Gemm::kWgrad) return k_blocks == 0 ? 0 : kGradStages;
+    if (gemm != Gemm::kDgrad2) return 2;
+    const int first = dswiglu_chunks(n_extent, n_tile_of(unit, 0));
+    const int second = dswiglu_chunks(n_extent, n_tile_of(unit, 1));
+    return first > second ? first : second;
+}
+
+// Whether output stage `stage` lies in the spare place.
+MEGAMOE_HD constexpr bool in_spare(Gemm gemm, int stage) {
+    if (gemm == Gemm::kFc1 || gemm == Gemm::kDgrad2) return false;
+    return stage == (gemm == Gemm::kWgrad ? kGradStages - 1 : 1);
+}
+
+// A place for results: a stage of the ring or the spare.
+struct OutputPlace {
+    int index;
+    unsigned parity;
+};
+
+// Where a role stands: in the ring, and in the laps of the spare.
+struct Position {
+    StageCursor ring;
+    unsigned spare_parity = 0;
+
+    // The place of output stage `stage`; moves on.
+    template <Gemm kGemm>
+    MEGAMOE_HD constexpr OutputPlace next_output(int stage) {
+        if (in_spare(kGemm, stage)) {
+            const OutputPlace place{kSpare, spare_parity};
+            spare_parity ^= 1;
+            return place;
+        }
+        const OutputPlace place{ring.index, ring.parity};
+        ring.advance();
+        return place;
+    }
+};
+
+// Whether a math warpgroup has rows and columns in its CTA's tile of a unit: compute goes by 64 rows.
+MEGAMOE_HD constexpr bool has_work(Gemm gemm, Unit unit, int rank, int warpgroup, int m_rows, int n_extent) {
+    return m_tile_of(unit, rank) * kTileM + warpgroup * kWarpgroupM < m_rows &&
+           n_tile_of(unit, rank) * tile_columns(gemm) < n_extent;
+}
+
+}  // namespace megamoe
