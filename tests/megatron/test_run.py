@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,11 +23,16 @@ def execute(*words) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
 
 
-def torchrun(*words) -> str:
-    """The output of two ranks; AssertionError with its end if they fail."""
-    done = execute("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+def torchrun(logs: Path, *words) -> str:
+    """The output of two ranks, one after the other; AssertionError with its end if they fail.
+
+    Each rank writes to files of its own: in one pipe the lines of one can be cut by those of another.
+    """
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = execute(*launch, "--log-dir", logs, "--redirects", "3", *words)
+    text = "".join(log.read_text() for log in sorted(logs.rglob("*.log")))
+    assert done.returncode == 0, text[-4000:] + done.stdout[-1000:]
+    return text
 
 
 def as_flat_yaml(arguments) -> str:
@@ -39,11 +45,11 @@ def as_flat_yaml(arguments) -> str:
 def test_an_unmodified_script_trains_the_same_with_megamoe(tmp_path):
     """Equal printed losses. The megamoe run is configured by YAML alone, and saves through processes of its own."""
     arguments = [*tiny.ARGUMENTS, "--expert-model-parallel-size", "2"]
-    theirs = torchrun(*RUN, tiny.SCRIPT, *arguments, "--moe-dispatcher", "alltoall")
+    theirs = torchrun(tmp_path / "theirs", *RUN, tiny.SCRIPT, *arguments, "--moe-dispatcher", "alltoall")
     settings = tmp_path / "run.yaml"
     checkpoint = f"save: {tmp_path / 'checkpoint'}\nsave-interval: 4\nckpt-format: torch_dist\n"
     settings.write_text(as_flat_yaml(arguments) + checkpoint + "moe-dispatcher: megamoe\n")
-    ours = torchrun(*RUN, tiny.SCRIPT, "--megamoe-config", settings)
+    ours = torchrun(tmp_path / "ours", *RUN, tiny.SCRIPT, "--megamoe-config", settings)
     assert "megamoe: one call for all experts SequentialMLP, backend reference" in ours and "megamoe:" not in theirs
     curves = [tiny.printed_curve(text) for text in (ours, theirs)]
     assert len(curves[1].losses) == 4 and curves[1].losses[-1] < curves[1].losses[0]
@@ -51,11 +57,10 @@ def test_an_unmodified_script_trains_the_same_with_megamoe(tmp_path):
     assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
 
 
-def test_a_hand_written_loop_trains_the_same_with_megamoe():
+def test_a_hand_written_loop_trains_the_same_with_megamoe(tmp_path):
     """install() and one field of TransformerConfig; micro-batches of 24, 24 and 7 tokens, evaluation every step."""
-    lines = [
-        re.findall(r"step .*", torchrun(OWN_LOOP, dispatcher, 24, 24, 7)) for dispatcher in ("alltoall", "megamoe")
-    ]
+    texts = [torchrun(tmp_path / name, OWN_LOOP, name, 24, 24, 7) for name in ("alltoall", "megamoe")]
+    lines = [re.findall(r"step .*", text) for text in texts]
     numbers = [[[float(word) for word in re.findall(r"[\d.]+E[-+]\d+", line)] for line in part] for part in lines]
     assert len(numbers[0]) == 4 and numbers[0][-1][0] < numbers[0][0][0]
     for ours, theirs in zip(numbers[1], numbers[0], strict=True):
