@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
+from .host import compile_host
+
 TILE_M = 128
 
 
 @pytest.fixture(scope="module")
 def walker(tmp_path_factory) -> Path:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    assert compiler, "the schedule's CPU test needs a C++ compiler (g++ or c++) on PATH"
-    binary = tmp_path_factory.mktemp("schedule") / "walk"
-    command = [compiler, "-std=c++20", "-O1", "-Wall", "-Werror", f"-I{CSRC}", "-o", binary]
-    subprocess.run([*command, HERE / "walk_schedule.cpp"], check=True)
-    return binary
+    return compile_host("walk_schedule.cpp", tmp_path_factory.mktemp("schedule"))
 
 
 def walk(walker: Path, cases: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
