@@ -1,6 +1,7 @@
 // Waits. Each has a name and a deadline: on expiry a record is written for the host and the kernel traps.
 #pragma once
 #include "ptx/barrier.cuh"
+#include "ptx/clock.cuh"
 
 namespace megamoe {
 
@@ -36,12 +37,6 @@ struct Deadline {
     int rank;
 };
 
-__device__ __forceinline__ unsigned long long global_nanoseconds() {
-    unsigned long long now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
-}
-
 __device__ __forceinline__ void write_record(const Deadline& deadline, Waiting what, Failure failure, int peer,
                                              unsigned long long expected, unsigned long long seen) {
     WaitRecord* record = deadline.record;
@@ -67,9 +62,9 @@ __device__ __forceinline__ void write_record(const Deadline& deadline, Waiting w
 }
 
 __device__ __forceinline__ void wait_slow(uint64_t* barrier, uint32_t parity, const Deadline& deadline, Waiting what) {
-    const unsigned long long start = global_nanoseconds();
+    const unsigned long long start = ptx::global_nanoseconds();
     while (!ptx::mbarrier_try_wait(barrier, parity)) {
-        if (global_nanoseconds() - start > deadline.nanoseconds) expire(deadline, what, static_cast<int>(parity));
+        if (ptx::global_nanoseconds() - start > deadline.nanoseconds) expire(deadline, what, static_cast<int>(parity));
     }
 }
 

@@ -1,0 +1,148 @@
+// Operator schemas and tensor checks of the workspace, the plan, dispatch and combine; nothing else.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstring>
+#include <optional>
+
+#include "host/comm.hpp"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class T>
+T* elements(const Tensor& tensor, ScalarType type, int64_t least, const char* name) {
+    STD_TORCH_CHECK(tensor.scalar_type() == type, "megamoe: wrong dtype of ", name);
+    STD_TORCH_CHECK(tensor.is_contiguous(), "megamoe: ", name, " must be contiguous");
+    STD_TORCH_CHECK(tensor.numel() >= least, "megamoe: ", name, " needs ", least, " elements, has ", tensor.numel());
+    return static_cast<T*>(tensor.data_ptr());
+}
+
+int* ints(const Tensor& tensor, int64_t least, const char* name) {
+    return elements<int>(tensor, ScalarType::Int, least, name);
+}
+
+int64_t* longs(const Tensor& tensor, int64_t least, const char* name) {
+    return elements<int64_t>(tensor, ScalarType::Long, least, name);
+}
+
+float* floats(const OptionalTensor& tensor, int64_t least, const char* name) {
+    return tensor ? elements<float>(*tensor, ScalarType::Float, least, name) : nullptr;
+}
+
+// bf16 rows of `hidden` elements, 16-byte aligned as bulk copies need.
+void* rows_of(const OptionalTensor& tensor, int64_t hidden, int64_t least, const char* name) {
+    if (!tensor) return nullptr;
+    void* data = elements<uint16_t>(*tensor, ScalarType::BFloat16, least * hidden, name);
+    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(1) == hidden, "megamoe: ", name, " must have rows of ", hidden,
+                    " elements");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, "megamoe: ", name, " must be 16-byte aligned");
+    return data;
+}
+
+megamoe::WorkspaceHandle handle_of(const Tensor& handle) {
+    megamoe::WorkspaceHandle result;
+    std::memcpy(&result, longs(handle, megamoe::kHandleInts, "handle"), sizeof(result));
+    return result;
+}
+
+// shape: int64 [5] R, E, K, H, T; out: int64 [14]. Both on the CPU.
+void workspace_layout(Tensor shape, Tensor out) {
+    megamoe::write_workspace_layout(longs(shape, 5, "shape"), longs(out, megamoe::kLayoutInts, "out"));
+}
+
+int64_t plan_scratch(int64_t slots, int64_t experts) { return megamoe::plan_scratch(slots, experts); }
+
+void plan(int64_t phase, Tensor handle, Tensor ids, int64_t capacity, Tensor block_counts, Tensor control,
+          int64_t status, Tensor slot_of, Tensor ids_out, Tensor counts, Tensor expert_rows, Tensor expert_offset,
+          OptionalTensor source_of, int64_t stream) {
+    megamoe::PlanArgs args{};
+    args.workspace = handle_of(handle);
+    const int64_t local = args.workspace.experts / args.workspace.ranks, slots = ids.numel();
+    args.wide_ids = ids.scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(args.wide_ids || ids.scalar_type() == ScalarType::Int, "megamoe: ids must be int32 or int64");
+    STD_TORCH_CHECK(ids.is_contiguous() && ids.dim() == 2 && ids.size(1) == args.workspace.top_k,
+                    "megamoe: ids must be a contiguous [T, ", args.workspace.top_k, "]");
+    args.ids = ids.data_ptr();
+    args.tokens = ids.size(0);
+    args.capacity = capacity;
+    args.block_counts = ints(block_counts, 0, "block_counts");
+    args.block_counts_size = block_counts.numel();
+    args.control = ints(control, 8, "control");
+    args.status = status;
+    args.slot_of = longs(slot_of, slots, "slot_of");
+    args.ids_out = ints(ids_out, slots, "ids_out");
+    args.counts = ints(counts, args.workspace.ranks * args.workspace.experts, "counts");
+    args.expert_rows = ints(expert_rows, local, "expert_rows");
+    args.expert_offset = ints(expert_offset, local + 1, "expert_offset");
+    // Without an overflow M <= capacity, and capacity is what source_of holds.
+    args.source_of = source_of ? longs(*source_of, capacity, "source_of") : nullptr;
+    args.stream = reinterpret_cast<cudaStream_t>(stream);
+    megamoe::run_plan(static_cast<megamoe::PlanPhase>(phase), args);
+}
+
+void rows(int64_t phase, Tensor handle, int64_t op, int64_t buffer, int64_t tokens, Tensor plan_control,
+          Tensor source_of, Tensor expert_offset, Tensor slot_of, Tensor ids, OptionalTensor pool,
+          OptionalTensor tokens_in, OptionalTensor tokens_out, OptionalTensor weights, OptionalTensor row_weights,
+          OptionalTensor dweights, Tensor control, int64_t num_sms, int64_t stream) {
+    megamoe::RowsArgs args{};
+    args.workspace = handle_of(handle);
+    const int64_t local = args.workspace.experts / args.workspace.ranks, hidden = args.workspace.hidden;
+    const int64_t slots = tokens * args.workspace.top_k, capacity = source_of.numel();
+    args.op = static_cast<int>(op);
+    args.buffer = static_cast<int>(buffer);
+    args.tokens = tokens;
+    args.plan_control = ints(plan_control, 8, "plan_control");
+    args.source_of = longs(source_of, 0, "source_of");
+    args.num_rows = ints(expert_offset, local + 1, "expert_offset") + local;
+    args.slot_of = longs(slot_of, slots, "slot_of");
+    args.ids = ints(ids, slots, "ids");
+    args.pool = rows_of(pool, hidden, capacity, "pool");
+    args.tokens_in = rows_of(tokens_in, hidden, tokens, "tokens_in");
+    args.tokens_out = rows_of(tokens_out, hidden, tokens, "tokens_out");
+    args.weights = floats(weights, slots, "weights");
+    args.row_weights = floats(row_weights, capacity, "row_weights");
+    args.dweights = floats(dweights, slots, "dweights");
+    args.control = ints(control, 4, "control");
+    args.num_sms = static_cast<int>(num_sms);
+    args.stream = reinterpret_cast<cudaStream_t>(stream);
+    megamoe::run_rows(static_cast<megamoe::RowsPhase>(phase), args);
+}
+
+void abort_peers(Tensor handle, int64_t stream) {
+    megamoe::run_abort(handle_of(handle), reinterpret_cast<cudaStream_t>(stream));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
+    m.def("workspace_layout(Tensor shape, Tensor(a!) out) -> ()");
+    m.def("plan_scratch(int slots, int experts) -> int");
+    m.def(
+        "plan(int phase, Tensor handle, Tensor ids, int capacity, Tensor(a!) block_counts, Tensor(b!) control,"
+        " int status, Tensor(c!) slot_of, Tensor(d!) ids_out, Tensor(e!) counts, Tensor(f!) expert_rows,"
+        " Tensor(g!) expert_offset, Tensor(h!)? source_of, int stream) -> ()");
+    m.def(
+        "rows(int phase, Tensor handle, int op, int buffer, int tokens, Tensor plan_control, Tensor source_of,"
+        " Tensor expert_offset, Tensor slot_of, Tensor ids, Tensor(a!)? pool, Tensor? tokens_in,"
+        " Tensor(b!)? tokens_out, Tensor? weights, Tensor(c!)? row_weights, Tensor(d!)? dweights, Tensor(e!) control,"
+        " int num_sms, int stream) -> ()");
+    m.def("abort_peers(Tensor handle, int stream) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) { m.impl("plan_scratch", TORCH_BOX(&plan_scratch)); }
+
+STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) {
+    m.impl("workspace_layout", TORCH_BOX(&workspace_layout));
+    m.impl("abort_peers", TORCH_BOX(&abort_peers));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megamoe, CUDA, m) {
+    m.impl("plan", TORCH_BOX(&plan));
+    m.impl("rows", TORCH_BOX(&rows));
+}

@@ -1,0 +1,147 @@
+#include "host/comm.hpp"
+
+#include <climits>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/plan.cuh"
+#include "kernels/rows.cuh"
+
+namespace megamoe {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string("megamoe: ") + what + ": " + cudaGetErrorString(error));
+    }
+}
+
+void require(bool good, const char* name, int64_t value, const char* allowed) {
+    if (!good) {
+        throw std::runtime_error(std::string("megamoe: ") + name + " is " + std::to_string(value) +
+                                 "; allowed: " + allowed);
+    }
+}
+
+Peers peers_of(const WorkspaceHandle& handle) {
+    require(handle.ranks >= 1 && handle.ranks <= kMaxRanks, "ranks", handle.ranks, "1..64");
+    require(handle.experts >= 1 && handle.experts <= kMaxPlanExperts, "experts", handle.experts, "1..1024");
+    require(handle.experts % handle.ranks == 0, "experts", handle.experts, "a multiple of ranks");
+    require(handle.top_k >= 1 && handle.top_k <= 16, "top_k", handle.top_k, "1..16");
+    require(handle.hidden >= 256 && handle.hidden % 256 == 0, "hidden", handle.hidden, "multiples of 256");
+    // Row numbers are 32-bit on the device: all ranks' slots on one owner, each expert padded.
+    require(handle.ranks * handle.tokens * handle.top_k + 128 * handle.experts <= INT_MAX, "tokens", handle.tokens,
+            "ranks * tokens * top_k + 128 * experts below 2^31");
+    require(handle.tokens * handle.top_k / kPlanMaxBlocks < 65000, "tokens", handle.tokens,
+            "tokens * top_k below 8 million");
+    Peers peers{};
+    peers.layout = workspace_layout({handle.ranks, handle.experts, handle.top_k, handle.hidden, handle.tokens});
+    peers.bases = reinterpret_cast<const uint64_t*>(handle.bases);
+    peers.rank = static_cast<int>(handle.rank);
+    peers.ranks = static_cast<int>(handle.ranks);
+    peers.deadline = {static_cast<unsigned long long>(handle.deadline_ns),
+                      reinterpret_cast<WaitRecord*>(handle.wait_record), peers.rank};
+    return peers;
+}
+
+// Slots per CTA: enough for the warps to have work, few enough CTAs for the sum over them to be short.
+int plan_chunk(int64_t slots) {
+    const int64_t spread = (slots + kPlanMaxBlocks - 1) / kPlanMaxBlocks;
+    const int64_t least = spread > kPlanSlotsPerCta ? spread : kPlanSlotsPerCta;
+    return static_cast<int>((least + kPlanThreads - 1) / kPlanThreads * kPlanThreads);
+}
+
+int plan_blocks(int64_t slots) {
+    const int chunk = plan_chunk(slots);
+    return slots == 0 ? 1 : static_cast<int>((slots + chunk - 1) / chunk);
+}
+
+int sm_count() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+    return count;
+}
+
+}  // namespace
+
+void write_workspace_layout(const int64_t* shape, int64_t* out) {
+    const WorkspaceLayout layout = workspace_layout({shape[0], shape[1], shape[2], shape[3], shape[4]});
+    const int64_t* offsets = &layout.state;
+    static_assert(offsetof(WorkspaceLayout, shape) == kLayoutInts * 8);
+    for (int i = 0; i < kLayoutInts; ++i) out[i] = offsets[i];
+}
+
+int64_t plan_scratch(int64_t slots, int64_t experts) { return plan_blocks(slots) * experts; }
+
+void run_plan(PlanPhase phase, const PlanArgs& args) {
+    const int64_t slots = args.tokens * args.workspace.top_k;
+    PlanParams params{};
+    params.peers = peers_of(args.workspace);
+    require(args.tokens <= args.workspace.tokens, "T", args.tokens, "at most the workspace's tokens");
+    require(args.block_counts_size >= plan_scratch(slots, args.workspace.experts), "block_counts' size",
+            args.block_counts_size, "at least plan_scratch");
+    params.ids = args.ids;
+    params.wide_ids = args.wide_ids;
+    params.slots = static_cast<int>(slots);
+    params.experts = static_cast<int>(args.workspace.experts);
+    params.chunk = plan_chunk(slots);
+    params.blocks = plan_blocks(slots);
+    params.capacity = static_cast<int>(args.capacity < INT_MAX ? args.capacity : INT_MAX);
+    params.block_counts = args.block_counts;
+    params.control = args.control;
+    params.status = reinterpret_cast<PlanStatus*>(args.status);
+    params.slot_of = reinterpret_cast<long long*>(args.slot_of);
+    params.ids_out = args.ids_out;
+    params.counts = args.counts;
+    params.expert_rows = args.expert_rows;
+    params.expert_offset = args.expert_offset;
+    params.source_of = reinterpret_cast<long long*>(args.source_of);
+    switch (phase) {
+        case PlanPhase::kCount: return check(launch_plan_count(params, args.stream), "launching plan_count");
+        case PlanPhase::kPlace: return check(launch_plan_place(params, args.stream), "launching plan_place");
+        case PlanPhase::kSources: return check(launch_plan_sources(params, args.stream), "launching plan_sources");
+    }
+    throw std::runtime_error("megamoe: unknown phase of a plan");
+}
+
+void run_rows(RowsPhase phase, const RowsArgs& args) {
+    RowsParams params{};
+    params.peers = peers_of(args.workspace);
+    require(args.tokens <= args.workspace.tokens, "T", args.tokens, "at most the workspace's tokens");
+    require(args.buffer >= 0 && args.buffer < kStagingBuffers, "buffer", args.buffer, "0, 1");
+    params.cut = cut_rows(static_cast<int>(args.workspace.hidden));
+    params.op = static_cast<Op>(args.op);
+    params.buffer = args.buffer;
+    params.top_k = static_cast<int>(args.workspace.top_k);
+    params.tokens = static_cast<int>(args.tokens);
+    params.experts = static_cast<int>(args.workspace.experts);
+    params.plan_control = args.plan_control;
+    params.source_of = reinterpret_cast<const long long*>(args.source_of);
+    params.num_rows = args.num_rows;
+    params.slot_of = reinterpret_cast<const long long*>(args.slot_of);
+    params.ids = args.ids;
+    params.pool = static_cast<uint8_t*>(args.pool);
+    params.tokens_in = static_cast<uint8_t*>(args.tokens_in);
+    params.tokens_out = static_cast<uint8_t*>(args.tokens_out);
+    params.weights = args.weights;
+    params.row_weights = args.row_weights;
+    params.dweights = args.dweights;
+    params.control = args.control;
+    const int num_sms = args.num_sms > 0 ? args.num_sms : sm_count();
+    switch (phase) {
+        case RowsPhase::kStage: return check(launch_stage(params, args.stream), "launching stage");
+        case RowsPhase::kAnnounceStaged: return check(launch_announce(params, true, args.stream), "launching announce");
+        case RowsPhase::kAnnounce: return check(launch_announce(params, false, args.stream), "launching announce");
+        case RowsPhase::kPull: return check(launch_pull(params, num_sms, args.stream), "launching dispatch's pull");
+        case RowsPhase::kPush: return check(launch_push(params, num_sms, args.stream), "launching combine's push");
+        case RowsPhase::kSum: return check(launch_sum(params, args.stream), "launching combine's sum");
+    }
+    throw std::runtime_error("megamoe: unknown phase of a dispatch or combine");
+}
+
+void run_abort(const WorkspaceHandle& workspace, cudaStream_t stream) {
+    check(launch_abort(peers_of(workspace), stream), "launching abort");
+}
+
+}  // namespace megamoe

@@ -1,0 +1,92 @@
+#include "kernels/movers.cuh"
+#include "kernels/plan.cuh"
+#include "kernels/rows.cuh"
+
+namespace megamoe {
+namespace {
+
+constexpr int kStageThreads = 256;
+constexpr int kStageBlocks = 264;
+
+__global__ void __launch_bounds__(kStageThreads) stage_kernel(const __grid_constant__ RowsParams params) {
+    const Peers& peers = params.peers;
+    const uint32_t last = static_cast<uint32_t>(state_word(peers, kStateStagedEpoch + params.buffer));
+    if (threadIdx.x < peers.ranks) {
+        const int64_t index = int64_t{params.buffer} * peers.ranks + threadIdx.x;
+        wait_word(peers, words(peers, peers.rank, peers.layout.pulled) + index, last, Waiting::kPulled, threadIdx.x);
+    }
+    __syncthreads();
+    const int64_t step = int64_t{gridDim.x} * kStageThreads, start = int64_t{blockIdx.x} * kStageThreads + threadIdx.x;
+    const int64_t parts = int64_t{params.tokens} * params.cut.row_bytes / 16;
+    const uint4* from = reinterpret_cast<const uint4*>(params.tokens_in);
+    uint4* to = reinterpret_cast<uint4*>(staging(peers, peers.rank, params.buffer));
+    for (int64_t i = start; i < parts; i += step) to[i] = from[i];
+    if (params.weights == nullptr) return;
+    float* weights = staged_weights(peers, peers.rank, params.buffer);
+    for (int64_t i = start; i < int64_t{params.tokens} * params.top_k; i += step) weights[i] = params.weights[i];
+}
+
+// Staged -> ready: the staging copy, and for a combine the last sum over the slots, are earlier launches of this
+// stream; then each thread fence.acq_rel.sys, st.release.sys.
+__global__ void announce_kernel(const __grid_constant__ RowsParams params, bool staged) {
+    const Peers& peers = params.peers;
+    __shared__ uint32_t epoch;
+    if (threadIdx.x == 0) {
+        uint64_t& counter = state_word(peers, kStateOpEpoch);
+        epoch = static_cast<uint32_t>(++counter);
+        if (staged) state_word(peers, kStateStagedEpoch + params.buffer) = epoch;
+    }
+    if (threadIdx.x < kRowsControlInts) params.control[threadIdx.x] = 0;
+    __syncthreads();
+    if (threadIdx.x >= peers.ranks) return;
+    // What this rank staged through the generic proxy is pulled by its peers' async proxy.
+    ptx::fence_async();
+    signal(peers, threadIdx.x, peers.layout.ready, ready_index(peers, epoch, peers.rank),
+           ready_word(epoch, params.op, params.plan_control[kPlanId]));
+}
+
+// Pulls all rows. Pulled -> acknowledged: every warp's mbarrier waits and wait_group 0; ticket (atom.acq_rel.gpu); the
+// last CTA fence.acq_rel.sys, st.release.sys. Only then may a source stage anew.
+__global__ void __launch_bounds__(kMoverThreads, 1) pull_kernel(const __grid_constant__ RowsParams params) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    MoversShared& shared = *reinterpret_cast<MoversShared*>(memory);
+    const Peers& peers = params.peers;
+    if (params.plan_control[kPlanCode] == static_cast<int>(PlanCode::kGood)) {
+        dispatch_role(shared.of_warp[threadIdx.x / 32], params, params.plan_control[kPlanId]);
+    }
+    if (peers.ranks == 1 || !last_cta(params.control + kRowTicket, gridDim.x)) return;
+    if (threadIdx.x >= peers.ranks) return;
+    const uint32_t epoch = static_cast<uint32_t>(state_word(peers, kStateOpEpoch));
+    signal(peers, threadIdx.x, peers.layout.pulled, params.buffer * peers.ranks + peers.rank, epoch_word(epoch));
+}
+
+__global__ void abort_kernel(const __grid_constant__ Peers peers) {
+    if (threadIdx.x < peers.ranks) signal(peers, threadIdx.x, peers.layout.abort, 0, peers.rank + 1);
+}
+
+}  // namespace
+
+cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream) {
+    stage_kernel<<<kStageBlocks, kStageThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_announce(const RowsParams& params, bool staged, cudaStream_t stream) {
+    announce_kernel<<<1, kMaxRanks, 0, stream>>>(params, staged);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_pull(const RowsParams& params, int num_sms, cudaStream_t stream) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(pull_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(MoversShared));
+    if (error != cudaSuccess) return error;
+    pull_kernel<<<num_sms, kMoverThreads, sizeof(MoversShared), stream>>>(params);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_abort(const Peers& peers, cudaStream_t stream) {
+    abort_kernel<<<1, kMaxRanks, 0, stream>>>(peers);
+    return cudaGetLastError();
+}
+
+}  // namespace megamoe

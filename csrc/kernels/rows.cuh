@@ -1,0 +1,25 @@
+// Dispatch and combine as stand-alone kernels. In stream order, and on every rank the same operations:
+//   dispatch:  stage (several ranks only), announce, pull       combine:  announce, push (several ranks only), sum
+#pragma once
+#include <cuda_runtime.h>
+
+#include "roles/dispatch.cuh"
+
+namespace megamoe {
+
+// Copies tokens_in and weights into this rank's staging buffer, once every peer has pulled what it held before.
+cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream);
+
+// Starts an operation: counts its epoch, zeroes its control block and sends the ready word to all peers.
+// `staged`: the operation offers the staging buffer.
+cudaError_t launch_announce(const RowsParams& params, bool staged, cudaStream_t stream);
+
+// num_sms 0: all.
+cudaError_t launch_pull(const RowsParams& params, int num_sms, cudaStream_t stream);
+cudaError_t launch_push(const RowsParams& params, int num_sms, cudaStream_t stream);
+cudaError_t launch_sum(const RowsParams& params, cudaStream_t stream);
+
+// Raises the abort word at every rank: the host of this one has failed.
+cudaError_t launch_abort(const Peers& peers, cudaStream_t stream);
+
+}  // namespace megamoe

@@ -1,0 +1,312 @@
+"""Plan, dispatch and combine as operators on a Workspace. Each is cut where ranks wait for each other.
+
+One Python thread that drives several virtual ranks calls one step for all of them before the next step; a rank that is
+a process calls the whole (`plan`, `dispatch`, `combine`). Letters as in plan.py.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from .plan import ROW_TILE, RoutingPlan
+from .workspace import Workspace
+
+MAX_ROWS = 2**31 - 1
+
+
+class Op(IntEnum):
+    """csrc/comm/peers.cuh: enum class Op."""
+
+    DISPATCH = 1
+    COMBINE = 2
+    DISPATCH_BACKWARD = 3
+    COMBINE_BACKWARD = 4
+
+
+class PlanCode(IntEnum):
+    """csrc/kernels/plan.cuh: enum class PlanCode."""
+
+    GOOD = 0
+    BAD_ID = 1
+    OVERFLOW = 2
+
+
+class RowOverflow(RuntimeError):
+    """The routing needs more rows than a rank has room for. Decided alike on every rank; nothing was written."""
+
+
+@dataclass(eq=False)
+class DevicePlan:
+    """RoutingPlan on the device, as the kernels write and read it."""
+
+    workspace: Workspace
+    ids: Tensor  # [T, K] the caller's, int64 or int32; read until place() is done
+    capacity: int
+    status: Tensor  # int64 [8] pinned: PlanStatus of csrc/kernels/plan.cuh
+    block_counts: Tensor
+    control: Tensor  # int32 [8]
+    slot_of: Tensor  # [T, K] int64
+    topk_ids: Tensor  # [T, K] int32, the plan's own copy
+    counts: Tensor  # [R, E] int32
+    expert_rows: Tensor  # [L] int32
+    expert_offset: Tensor  # [L+1] int32
+    source_of: Tensor | None  # [capacity] int64; rows from M on are not written
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[0]
+
+    def wait(self) -> None:
+        """Polls until the device has judged the plan. Raises MegaMoETimeout if a wait of the kernels failed."""
+        while not int(self.status[0]):
+            self.workspace.guard.check()
+            time.sleep(2e-6)
+
+    def settle(self) -> int:
+        """M of this rank, after `wait`. Raises ValueError for a bad id and RowOverflow, alike on every rank."""
+        self.wait()
+        _, code, rank, position, value, rows, most, _ = self.status.tolist()
+        if code == PlanCode.BAD_ID:
+            experts, top_k = self.workspace.shape.experts, self.workspace.shape.top_k
+            where = f"rank {rank}, token {position // top_k}, k = {position % top_k}"
+            raise ValueError(f"topk_ids: got expert {value} at {where}; allowed: -1 (dropped) and 0..{experts - 1}")
+        if code == PlanCode.OVERFLOW:
+            raise RowOverflow(f"row capacity: rank {rank} has room for {value} rows; this routing needs up to {most}")
+        return rows
+
+    def to_routing_plan(self) -> RoutingPlan:
+        """The same plan as plan.py's, from what the kernels wrote. Synchronises."""
+        rows, shape = self.settle(), self.workspace.shape
+        return RoutingPlan(
+            rank=self.workspace.rank,
+            ep_size=shape.ranks,
+            num_experts=shape.experts,
+            top_k=shape.top_k,
+            num_tokens=self.tokens,
+            counts=self.counts.cpu().long(),
+            slot_of=self.slot_of,
+            topk_ids=self.topk_ids.long(),
+            expert_rows=self.expert_rows.cpu().long(),
+            expert_offset=self.expert_offset.cpu().long(),
+            source_of=self.source_of[:rows],
+        )
+
+
+def round_capacity(rows: int) -> int:
+    """Rows to allocate for `rows`: up to an eighth more, so that varying loads ask for few different sizes."""
+    step = max(ROW_TILE, 1 << max(0, rows.bit_length() - 4))
+    return -(-max(rows, 1) // step) * step
+
+
+def first_capacity(workspace: Workspace) -> int:
+    """High-water capacity before anything was seen: an even load and a quarter more, every expert padded."""
+    shape = workspace.shape
+    return round_capacity(shape.tokens * shape.top_k * 5 // 4 + shape.experts // shape.ranks * ROW_TILE)
+
+
+def _stream(workspace: Workspace) -> int:
+    return torch.cuda.current_stream(workspace.memory.device).cuda_stream
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan_count(workspace: Workspace, ids: Tensor, capacity: int) -> DevicePlan:
+    """Step 1: counts this rank's slots and sends them. ids `[T, K]` int64 or int32, -1 = dropped.
+
+    capacity: rows this rank has room for; MAX_ROWS where they are allocated after the verdict.
+    """
+    shape = workspace.shape
+    if ids.dim() != 2 or ids.shape[1] != shape.top_k or ids.shape[0] > shape.tokens:
+        raise ValueError(f"topk_ids: got shape {tuple(ids.shape)}; allowed: [T <= {shape.tokens}, {shape.top_k}]")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"topk_ids: got dtype {ids.dtype}; allowed: torch.int32, torch.int64")
+
+    def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=ids.device)
+
+    local = shape.experts // shape.ranks
+    plan = DevicePlan(
+        workspace=workspace,
+        ids=ids.contiguous(),
+        capacity=capacity,
+        status=workspace.next_status(),
+        block_counts=new(torch.ops.megamoe.plan_scratch(ids.numel(), shape.experts)),
+        control=new(8),
+        slot_of=new(*ids.shape, dtype=torch.int64),
+        topk_ids=new(*ids.shape),
+        counts=new(shape.ranks, shape.experts),
+        expert_rows=new(local),
+        expert_offset=new(local + 1),
+        source_of=None,
+    )
+    _plan_step(plan, 0)
+    return plan
+
+
+def plan_place(plan: DevicePlan) -> None:
+    """Step 2: row offsets, slot_of and the verdict, once every rank has counted."""
+    _plan_step(plan, 1)
+
+
+def plan_sources(plan: DevicePlan, rows: int | None = None) -> DevicePlan:
+    """Step 3: source_of, once every rank has placed. rows: room to allocate; None: the capacity told before."""
+    rows = plan.capacity if rows is None else rows
+    plan.source_of = torch.empty(rows, dtype=torch.int64, device=plan.ids.device)
+    plan.capacity = rows
+    _plan_step(plan, 2)
+    return plan
+
+
+def _plan_step(plan: DevicePlan, phase: int) -> None:
+    workspace = plan.workspace
+    torch.ops.megamoe.plan(
+        phase, workspace.handle, plan.ids, plan.capacity, plan.block_counts, plan.control, plan.status.data_ptr(),
+        plan.slot_of, plan.topk_ids, plan.counts, plan.expert_rows, plan.expert_offset, plan.source_of,
+        _stream(workspace),
+    )  # fmt: skip
+
+
+def build_plan(workspace: Workspace, ids: Tensor, *, sizing: str = "high_water", capacity: int = 0) -> DevicePlan:
+    """The whole plan. Collective: every rank calls it with the same `sizing`.
+
+    "high_water": capacity of the largest load seen, the host reads nothing; `settle()` tells of an overflow, after
+    which `grow` and another call. "fixed": `capacity` rows, for good. "exact": the host waits for M and allocates it.
+    """
+    with workspace.guard.watch():
+        if sizing == "exact":
+            plan = plan_count(workspace, ids, MAX_ROWS)
+            plan_place(plan)
+            return plan_sources(plan, plan.settle())
+        if sizing == "high_water":
+            workspace.high_water = capacity = workspace.high_water or first_capacity(workspace)
+        elif sizing != "fixed":
+            raise ValueError(f"sizing: got {sizing!r}; allowed: 'high_water', 'fixed', 'exact'")
+        plan = plan_count(workspace, ids, capacity)
+        plan_place(plan)
+        return plan_sources(plan)
+
+
+def grow(plan: DevicePlan) -> None:
+    """After RowOverflow in the high-water mode: room for the largest load of any rank, the same on every rank."""
+    most = int(plan.status[6])
+    plan.workspace.high_water = max(plan.workspace.high_water, round_capacity(most))
+
+
+def planned(workspace: Workspace, ids: Tensor, launch):
+    """High-water mode in full: launch(plan) at once, then the verdict; after an overflow, grown, once more.
+
+    Returns what launch returned. On an overflow every rank's kernels have skipped their work.
+    """
+    for _ in range(2):
+        plan = build_plan(workspace, ids)
+        result = launch(plan)
+        try:
+            plan.settle()
+            return result
+        except RowOverflow:
+            grow(plan)
+    raise RowOverflow("row capacity: a plan of the same ids needs more rows than its counts said")
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+_STAGE, _ANNOUNCE_STAGED, _ANNOUNCE, _PULL, _PUSH, _SUM = range(6)
+
+
+class Transfer:
+    """One dispatch or combine of one rank, step by step: `begin` on every rank, then `move`, then `finish`."""
+
+    def __init__(self, plan: DevicePlan, op: Op, *, buffer: int = 0, num_sms: int = 0, **tensors: Tensor | None):
+        self.plan, self.op, self.buffer, self.num_sms, self.tensors = plan, op, buffer, num_sms, tensors
+        self.control = torch.empty(4, dtype=torch.int32, device=plan.ids.device)
+
+    def _step(self, phase: int) -> None:
+        plan, get = self.plan, self.tensors.get
+        torch.ops.megamoe.rows(
+            phase, plan.workspace.handle, int(self.op), self.buffer, plan.tokens, plan.control, plan.source_of,
+            plan.expert_offset, plan.slot_of, plan.topk_ids, get("pool"), get("tokens_in"), get("tokens_out"),
+            get("weights"), get("row_weights"), get("dweights"), self.control, self.num_sms, _stream(plan.workspace),
+        )  # fmt: skip
+
+    @property
+    def _alone(self) -> bool:
+        return self.plan.workspace.shape.ranks == 1
+
+    @property
+    def _dispatches(self) -> bool:
+        return self.op in (Op.DISPATCH, Op.DISPATCH_BACKWARD)
+
+    def begin(self) -> None:
+        """Stages (dispatch) and announces."""
+        if self._dispatches and not self._alone:
+            self._step(_STAGE)
+        self._step(_ANNOUNCE_STAGED if self._dispatches else _ANNOUNCE)
+
+    def move(self) -> None:
+        """Pulls (dispatch) or pushes (combine)."""
+        if self._dispatches:
+            self._step(_PULL)
+        elif not self._alone:
+            self._step(_PUSH)
+
+    def finish(self) -> None:
+        """Sums (combine)."""
+        if not self._dispatches:
+            self._step(_SUM)
+
+    def run(self) -> None:
+        with self.plan.workspace.guard.watch():
+            self.begin()
+            self.move()
+            self.finish()
+
+
+def start_dispatch(plan: DevicePlan, x_TH: Tensor, weights_TK: Tensor | None = None, *, buffer: int = 0,
+                   backward: bool = False, num_sms: int = 0) -> tuple[Transfer, Tensor, Tensor | None]:  # fmt: skip
+    """A dispatch not yet begun, its pool `[capacity, H]` bf16 and row weights `[capacity]` fp32."""
+    pool = x_TH.new_empty((plan.capacity, x_TH.shape[1]))
+    row_weights = None if weights_TK is None else weights_TK.new_empty(plan.capacity)
+    weights = None if weights_TK is None else weights_TK.contiguous()
+    op = Op.DISPATCH_BACKWARD if backward else Op.DISPATCH
+    tensors = {"pool": pool, "tokens_in": x_TH.contiguous(), "weights": weights, "row_weights": row_weights}
+    transfer = Transfer(plan, op, buffer=buffer, num_sms=num_sms, **tensors)
+    return transfer, pool, row_weights
+
+
+def start_combine(plan: DevicePlan, rows_MH: Tensor, row_dweights_M: Tensor | None = None, *, backward: bool = False,
+                  num_sms: int = 0) -> tuple[Transfer, Tensor, Tensor | None]:  # fmt: skip
+    """A combine not yet begun, its result `[T, H]` bf16 and dp `[T, K]` fp32."""
+    y_TH = rows_MH.new_empty((plan.tokens, rows_MH.shape[1]))
+    dweights = None
+    if row_dweights_M is not None:
+        dweights = row_dweights_M.new_empty((plan.tokens, plan.workspace.shape.top_k))
+    op = Op.COMBINE_BACKWARD if backward else Op.COMBINE
+    tensors = {"pool": rows_MH.contiguous(), "tokens_out": y_TH, "row_weights": row_dweights_M, "dweights": dweights}
+    transfer = Transfer(plan, op, num_sms=num_sms, **tensors)
+    return transfer, y_TH, dweights
+
+
+def dispatch(plan: DevicePlan, x_TH: Tensor, weights_TK: Tensor | None = None, **options):
+    """Rows of the experts of this rank: `[T,H]` bf16 -> `[capacity,H]`, of which M are written, padding zero.
+
+    With weights `[T,K]` fp32 also each row's own, `[capacity]`. The dual of `combine`. Collective.
+    """
+    transfer, pool, row_weights = start_dispatch(plan, x_TH, weights_TK, **options)
+    transfer.run()
+    return pool, row_weights
+
+
+def combine(plan: DevicePlan, rows_MH: Tensor, row_dweights_M: Tensor | None = None, **options):
+    """The sum of each token's rows, fp32 and k ascending: `[capacity,H]` bf16 -> `[T,H]`. The dual of `dispatch`.
+
+    With a value per row (dp) also `[T,K]` of them, dropped slots zero. Collective.
+    """
+    transfer, y_TH, dweights = start_combine(plan, rows_MH, row_dweights_M, **options)
+    transfer.run()
+    return y_TH, dweights

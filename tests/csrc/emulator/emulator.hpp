@@ -1,0 +1,160 @@
+// Runs CUDA kernels of csrc/ on the CPU, for tests: the source is the kernels' own (see build.py), this replaces what
+// the compiler and ptx/ give it. A CUDA thread is a fiber, a resident CTA an operating-system thread, a stream a
+// worker.
+//
+// Asynchronous copies really happen later: at random moments, in random order, a store reads shared memory first and
+// writes its target some time after. So a missing wait shows as wrong data. Memory order weaker than the host's, and
+// fences, are not modelled.
+#pragma once
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+// ---- what cuda_runtime.h would define ----
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n)
+#define __shared__ static thread_local  // a CTA is an operating-system thread
+
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using cudaStream_t = struct CUstream_st*;
+enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 6, cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, int, size_t) {
+    return cudaSuccess;
+}
+
+namespace emulator {
+
+struct Place {
+    dim3 thread, block, block_size, grid;
+};
+const Place& place();
+void yield();
+[[noreturn]] void trap();
+void sync_threads();
+uint8_t* dynamic_shared();
+
+enum class Collective { kSync, kShuffle, kShuffleUp, kBallot, kAny, kMatch, kAdd, kOr };
+uint64_t collective(Collective what, unsigned mask, uint64_t value, int argument = 0);
+
+void enqueue(cudaStream_t stream, std::function<void()> work);
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, std::function<void()> thread);
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Arguments... arguments) {
+    enqueue(stream, [=] { run_grid(grid, block, shared_bytes, stream, [=] { kernel(arguments...); }); });
+}
+
+// Bulk copies of the running CTA.
+void load(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
+void store(void* to, const void* from, uint32_t bytes);
+void commit();
+void wait_stores(int pending, bool written);
+
+struct Mbarrier {
+    uint16_t count, pending;
+    int32_t state;  // transaction bytes still to come, times two, and the phase bit
+
+    void change(int arrivals, int bytes) {
+        state += 2 * bytes;
+        pending = static_cast<uint16_t>(pending - arrivals);
+        if (pending == 0 && state / 2 == 0) pending = count, state ^= 1;
+    }
+};
+static_assert(sizeof(Mbarrier) == 8);
+inline Mbarrier& mbarrier(uint64_t* word) { return *reinterpret_cast<Mbarrier*>(word); }
+
+}  // namespace emulator
+
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+    emulator::enqueue(stream, [=] { std::memset(to, value, bytes); });
+    return cudaSuccess;
+}
+
+#define threadIdx (emulator::place().thread)
+#define blockIdx (emulator::place().block)
+#define blockDim (emulator::place().block_size)
+#define gridDim (emulator::place().grid)
+
+inline void __syncthreads() { emulator::sync_threads(); }
+inline void __syncwarp() { emulator::collective(emulator::Collective::kSync, ~0u, 0); }
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+    return static_cast<T>(
+        emulator::collective(emulator::Collective::kShuffle, mask, static_cast<uint64_t>(value), lane));
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int step) {
+    return static_cast<T>(
+        emulator::collective(emulator::Collective::kShuffleUp, mask, static_cast<uint64_t>(value), step));
+}
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+    return static_cast<unsigned>(emulator::collective(emulator::Collective::kBallot, mask, value));
+}
+inline bool __any_sync(unsigned mask, bool value) {
+    return emulator::collective(emulator::Collective::kAny, mask, value) != 0;
+}
+inline unsigned __match_any_sync(unsigned mask, int value) {
+    return static_cast<unsigned>(
+        emulator::collective(emulator::Collective::kMatch, mask, static_cast<uint64_t>(value)));
+}
+inline int __reduce_add_sync(unsigned mask, int value) {
+    return static_cast<int>(emulator::collective(emulator::Collective::kAdd, mask, static_cast<uint64_t>(value)));
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+    return static_cast<unsigned>(emulator::collective(emulator::Collective::kOr, mask, value));
+}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline void __nanosleep(unsigned) { emulator::yield(); }
+inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline long long clock64() { return 0; }
+[[noreturn]] inline void __trap() { emulator::trap(); }
+inline float __uint_as_float(uint32_t bits) {
+    float value;
+    return std::memcpy(&value, &bits, 4), value;
+}
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    return std::memcpy(&bits, &value, 4), bits;
+}
+inline float __fadd_rn(float a, float b) { return a + b; }
+
+inline int atomicAdd(int* address, int value) {
+    emulator::yield();
+    return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
+inline int atomicMax(int* address, int value) {
+    int old = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (old < value &&
+           !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
+    return old;
+}
+inline int atomicCAS_system(int* address, int expected, int value) {
+    __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    return expected;
+}
+template <class T>
+T min(T a, T b) {
+    return a < b ? a : b;
+}

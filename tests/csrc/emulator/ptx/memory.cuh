@@ -1,0 +1,22 @@
+#pragma once
+#include "emulator.hpp"
+
+namespace megamoe::ptx {
+inline uint64_t load_acquire_sys(const uint64_t* address) {
+    emulator::yield();
+    return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+}
+inline uint64_t load_relaxed_sys(const uint64_t* address) { return __atomic_load_n(address, __ATOMIC_RELAXED); }
+inline void store_release_sys(uint64_t* address, uint64_t value) {
+    emulator::yield();
+    __atomic_store_n(address, value, __ATOMIC_RELEASE);
+}
+inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
+inline int add_acq_rel_gpu(int* address, int value) {
+    emulator::yield();
+    return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
+inline int load_int(const int* address) { return *address; }
+inline float load_float(const float* address) { return *address; }
+inline uint4 load_v4(const void* address) { return *static_cast<const uint4*>(address); }
+}  // namespace megamoe::ptx
