@@ -1,57 +1,20 @@
 // Operator schemas and tensor checks of the workspace, the plan, dispatch and combine; nothing else.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <cstring>
-#include <optional>
-
-#include "host/comm.hpp"
+#include "host/torch_args.hpp"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+using megamoe::floats;
+using megamoe::handle_of;
+using megamoe::ints;
+using megamoe::longs;
+using megamoe::OptionalTensor;
+using megamoe::rows_of;
+using megamoe::ScalarType;
+using megamoe::Tensor;
 
-template <class T>
-T* elements(const Tensor& tensor, ScalarType type, int64_t least, const char* name) {
-    STD_TORCH_CHECK(tensor.scalar_type() == type, "megamoe: wrong dtype of ", name);
-    STD_TORCH_CHECK(tensor.is_contiguous(), "megamoe: ", name, " must be contiguous");
-    STD_TORCH_CHECK(tensor.numel() >= least, "megamoe: ", name, " needs ", least, " elements, has ", tensor.numel());
-    return static_cast<T*>(tensor.data_ptr());
-}
-
-int* ints(const Tensor& tensor, int64_t least, const char* name) {
-    return elements<int>(tensor, ScalarType::Int, least, name);
-}
-
-int64_t* longs(const Tensor& tensor, int64_t least, const char* name) {
-    return elements<int64_t>(tensor, ScalarType::Long, least, name);
-}
-
-float* floats(const OptionalTensor& tensor, int64_t least, const char* name) {
-    return tensor ? elements<float>(*tensor, ScalarType::Float, least, name) : nullptr;
-}
-
-// bf16 rows of `hidden` elements, 16-byte aligned as bulk copies need.
-void* rows_of(const OptionalTensor& tensor, int64_t hidden, int64_t least, const char* name) {
-    if (!tensor) return nullptr;
-    void* data = elements<uint16_t>(*tensor, ScalarType::BFloat16, least * hidden, name);
-    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(1) == hidden, "megamoe: ", name, " must have rows of ", hidden,
-                    " elements");
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, "megamoe: ", name, " must be 16-byte aligned");
-    return data;
-}
-
-megamoe::WorkspaceHandle handle_of(const Tensor& handle) {
-    megamoe::WorkspaceHandle result;
-    std::memcpy(&result, longs(handle, megamoe::kHandleInts, "handle"), sizeof(result));
-    return result;
-}
-
-// shape: int64 [5] R, E, K, H, T; out: int64 [14]. Both on the CPU.
+// shape: int64 [5] R, E, K, H, T; out: int64 [15]. Both on the CPU.
 void workspace_layout(Tensor shape, Tensor out) {
     megamoe::write_workspace_layout(longs(shape, 5, "shape"), longs(out, megamoe::kLayoutInts, "out"));
 }

@@ -26,6 +26,8 @@ class Op(IntEnum):
     COMBINE = 2
     DISPATCH_BACKWARD = 3
     COMBINE_BACKWARD = 4
+    FORWARD = 5
+    BACKWARD = 6
 
 
 class PlanCode(IntEnum):

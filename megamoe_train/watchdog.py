@@ -28,16 +28,19 @@ WAITS = {
     3: "an operand in shared memory",
     4: "a free stage in shared memory",
     5: "a result in shared memory",
+    6: "rows of a tile to be dispatched",
+    7: "the tiles that a product is made from",
     32: "the routing counts",
     33: "the list of routed slots",
     34: "the announcement (ready word) of the operation",
     35: "the acknowledgement that staged rows were pulled",
     36: "the pushed rows of a combine",
     37: "a row copied to shared memory",
+    38: "the rows of a token in its combine slots",
 }
 # csrc/comm/wait.cuh: enum class Failure.
 FAILURES = {1: "deadline passed", 2: "the peer is in another operation", 3: "another rank has failed"}
-OPS = {1: "dispatch", 2: "combine", 3: "dispatch of backward", 4: "combine of backward"}
+OPS = {1: "dispatch", 2: "combine", 3: "dispatch of backward", 4: "combine of backward", 5: "forward", 6: "backward"}
 READY = 34
 RECORD_INTS = 6  # int64: eight ints, two 64-bit numbers
 

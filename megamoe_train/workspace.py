@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import comm, extension, ops, versions, watchdog
 from .config import HIDDEN_MULTIPLE, MAX_TOP_K, MegaMoEConfig
+from .plan import ROW_TILE
 
 ALIGNMENT = 1024
 STAGING_BUFFERS = 2
@@ -25,7 +26,7 @@ MAX_RANKS = 64
 MAX_EXPERTS = 1024
 STATUS_SLOTS = 64  # plans whose verdict the host has not read yet
 STATUS_INTS = 8
-LAYOUT_VERSION = 1  # to be raised with any change of csrc/layout/workspace.cuh
+LAYOUT_VERSION = 2  # to be raised with any change of csrc/layout/workspace.cuh
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Layout:
     dweights: int  # f32 [T*K]
     staging: int  # bf16 [2, T, H]
     slots: int  # bf16 [K, T, H]
+    tile_flags: int  # u32 [R, tiles]
     bytes: int
 
     def offsets(self) -> list[int]:
@@ -89,6 +91,7 @@ def layout_of(shape: Shape) -> Layout:
     """Pure: the offsets that csrc/layout/workspace.cuh computes for the same shape."""
     flat, row = shape.tokens * shape.top_k, 2 * shape.hidden
     stride = -(-(shape.experts + HEADER_INTS) // 32) * 32
+    tiles = -(-shape.ranks * flat // ROW_TILE) + shape.experts // shape.ranks
     sizes = {
         "state": 8 * STATE_WORDS,
         "abort": 8,
@@ -103,6 +106,7 @@ def layout_of(shape: Shape) -> Layout:
         "dweights": 4 * flat,
         "staging": STAGING_BUFFERS * shape.tokens * row,
         "slots": shape.top_k * shape.tokens * row,
+        "tile_flags": 4 * shape.ranks * tiles,
     }
     offsets, end = {}, 0
     for name, size in sizes.items():

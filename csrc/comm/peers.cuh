@@ -16,7 +16,14 @@ struct Peers {
 };
 
 // What a rank announces in its ready word; ops_comm.py: class Op holds the same list.
-enum class Op : int { kDispatch = 1, kCombine = 2, kDispatchBackward = 3, kCombineBackward = 4 };
+enum class Op : int {
+    kDispatch = 1,
+    kCombine = 2,
+    kDispatchBackward = 3,
+    kCombineBackward = 4,
+    kForward = 5,
+    kBackward = 6
+};
 
 __device__ __forceinline__ uint8_t* region(const Peers& peers, int rank, int64_t offset) {
     return reinterpret_cast<uint8_t*>(peers.bases[rank]) + offset;
@@ -58,6 +65,12 @@ __device__ __forceinline__ uint8_t* combine_slot(const Peers& peers, int at, int
     return region(peers, at, peers.layout.slots) + (k * shape.tokens + token) * shape.hidden * 2;
 }
 
+// Rank `of` has pushed all rows of its row tile `tile` that belong to `at`: the epoch in which it did.
+__device__ __forceinline__ uint32_t* tile_flag(const Peers& peers, int at, int of, int tile) {
+    return reinterpret_cast<uint32_t*>(region(peers, at, peers.layout.tile_flags)) +
+           of * flag_tiles(peers.layout.shape) + tile;
+}
+
 __device__ __forceinline__ uint64_t epoch_word(uint32_t epoch) { return static_cast<uint64_t>(epoch) << 32; }
 __device__ __forceinline__ uint32_t epoch_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
 
@@ -76,14 +89,15 @@ __device__ __forceinline__ void random_delay() {
 }
 
 // Writes the record, raises the abort word at every rank so that none waits for its own deadline, and traps.
-inline __device__ __noinline__ void fail(const Peers& peers, Waiting what, Failure failure, int peer, uint64_t expected,
-                                         uint64_t seen) {
+[[noreturn]] static __device__ __noinline__ void fail(const Peers& peers, Waiting what, Failure failure, int peer,
+                                                      uint64_t expected, uint64_t seen) {
     write_record(peers.deadline, what, failure, peer, expected, seen);
     for (int r = 0; r < peers.ranks; ++r) {
         ptx::store_release_sys(words(peers, r, peers.layout.abort), peers.rank + 1);
     }
     __threadfence_system();
     __trap();
+    __builtin_unreachable();
 }
 
 // Waits by one thread until the word's epoch has come; returns the word. What its writer did before the release is

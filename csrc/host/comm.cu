@@ -4,45 +4,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "host/checks.hpp"
 #include "kernels/plan.cuh"
 #include "kernels/rows.cuh"
 
 namespace megamoe {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string("megamoe: ") + what + ": " + cudaGetErrorString(error));
-    }
-}
-
-void require(bool good, const char* name, int64_t value, const char* allowed) {
-    if (!good) {
-        throw std::runtime_error(std::string("megamoe: ") + name + " is " + std::to_string(value) +
-                                 "; allowed: " + allowed);
-    }
-}
-
-Peers peers_of(const WorkspaceHandle& handle) {
-    require(handle.ranks >= 1 && handle.ranks <= kMaxRanks, "ranks", handle.ranks, "1..64");
-    require(handle.experts >= 1 && handle.experts <= kMaxPlanExperts, "experts", handle.experts, "1..1024");
-    require(handle.experts % handle.ranks == 0, "experts", handle.experts, "a multiple of ranks");
-    require(handle.top_k >= 1 && handle.top_k <= 16, "top_k", handle.top_k, "1..16");
-    require(handle.hidden >= 256 && handle.hidden % 256 == 0, "hidden", handle.hidden, "multiples of 256");
-    // Row numbers are 32-bit on the device: all ranks' slots on one owner, each expert padded.
-    require(handle.ranks * handle.tokens * handle.top_k + 128 * handle.experts <= INT_MAX, "tokens", handle.tokens,
-            "ranks * tokens * top_k + 128 * experts below 2^31");
-    require(handle.tokens * handle.top_k / kPlanMaxBlocks < 65000, "tokens", handle.tokens,
-            "tokens * top_k below 8 million");
-    Peers peers{};
-    peers.layout = workspace_layout({handle.ranks, handle.experts, handle.top_k, handle.hidden, handle.tokens});
-    peers.bases = reinterpret_cast<const uint64_t*>(handle.bases);
-    peers.rank = static_cast<int>(handle.rank);
-    peers.ranks = static_cast<int>(handle.ranks);
-    peers.deadline = {static_cast<unsigned long long>(handle.deadline_ns),
-                      reinterpret_cast<WaitRecord*>(handle.wait_record), peers.rank};
-    return peers;
-}
 
 // Slots per CTA: enough for the warps to have work, few enough CTAs for the sum over them to be short.
 int plan_chunk(int64_t slots) {
@@ -54,13 +21,6 @@ int plan_chunk(int64_t slots) {
 int plan_blocks(int64_t slots) {
     const int chunk = plan_chunk(slots);
     return slots == 0 ? 1 : static_cast<int>((slots + chunk - 1) / chunk);
-}
-
-int sm_count() {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
-    return count;
 }
 
 }  // namespace
@@ -131,8 +91,9 @@ void run_rows(RowsPhase phase, const RowsArgs& args) {
     const int num_sms = args.num_sms > 0 ? args.num_sms : sm_count();
     switch (phase) {
         case RowsPhase::kStage: return check(launch_stage(params, args.stream), "launching stage");
-        case RowsPhase::kAnnounceStaged: return check(launch_announce(params, true, args.stream), "launching announce");
-        case RowsPhase::kAnnounce: return check(launch_announce(params, false, args.stream), "launching announce");
+        case RowsPhase::kAnnounceStaged:
+            return check(launch_announce(params, 1u << params.buffer, args.stream), "launching announce");
+        case RowsPhase::kAnnounce: return check(launch_announce(params, 0, args.stream), "launching announce");
         case RowsPhase::kPull: return check(launch_pull(params, num_sms, args.stream), "launching dispatch's pull");
         case RowsPhase::kPush: return check(launch_push(params, num_sms, args.stream), "launching combine's push");
         case RowsPhase::kSum: return check(launch_sum(params, args.stream), "launching combine's sum");

@@ -3,34 +3,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "host/checks.hpp"
+#include "host/clamp.hpp"
 #include "host/tensor_map.hpp"
 #include "kernels/grouped_gemm.cuh"
 
 namespace megamoe {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string("megamoe: ") + what + ": " + cudaGetErrorString(error));
-    }
-}
-
-int sm_count() {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
-    return count;
-}
-
-// The kernels clamp bf16 pairs, which is exact only for a limit that bf16 holds.
-__nv_bfloat162 clamp_pair(float limit) {
-    const __nv_bfloat16 rounded = __float2bfloat16_rn(limit);
-    if (!(limit > 0) || __bfloat162float(rounded) != limit) {
-        throw std::runtime_error("megamoe: clamp is " + std::to_string(limit) +
-                                 "; allowed: positive numbers that bf16 represents exactly, such as 10");
-    }
-    return __halves2bfloat162(rounded, rounded);
-}
 
 CUtensorMap map_or_empty(MapKind kind, const void* address, int64_t rows, int64_t cols) {
     return address == nullptr ? CUtensorMap{} : make_tensor_map(kind, address, rows, cols);
@@ -51,6 +30,7 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     if (rows == 0 && !(is_wgrad && !args.accumulate)) return;
 
     GemmParams params{};
+    params.gemm = gemm;
     if (rows > 0) {
         params.a = make_tensor_map(is_wgrad ? MapKind::kOperandMN : MapKind::kActivation, args.a, rows, args.a_cols);
         params.b = is_wgrad ? make_tensor_map(MapKind::kWeightMN, args.b, rows, args.b_cols)
@@ -64,7 +44,7 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     params.expert_offset = args.expert_offset;
     params.row_weights = args.row_weights;
     params.dp_partials = args.dp_partials;
-    params.claims = args.claims;
+    params.wanted = 1;
     params.num_experts = args.num_experts;
     params.m_extent = args.m_extent;
     params.n_extent = args.n_extent;
@@ -73,7 +53,7 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     params.accumulate = args.accumulate;
     params.deadline = {static_cast<unsigned long long>(args.deadline_ns), static_cast<WaitRecord*>(args.wait_record),
                        0};
-    check(launch_grouped_gemm(gemm, params, args.num_sms > 0 ? args.num_sms : sm_count(), args.stream),
+    check(launch_grouped_gemm(gemm, params, args.claims, args.num_sms > 0 ? args.num_sms : sm_count(), args.stream),
           "launching the grouped GEMM");
 }
 

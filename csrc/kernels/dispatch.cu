@@ -28,13 +28,15 @@ __global__ void __launch_bounds__(kStageThreads) stage_kernel(const __grid_const
 
 // Staged -> ready: the staging copy, and for a combine the last sum over the slots, are earlier launches of this
 // stream; then each thread fence.acq_rel.sys, st.release.sys.
-__global__ void announce_kernel(const __grid_constant__ RowsParams params, bool staged) {
+__global__ void announce_kernel(const __grid_constant__ RowsParams params, unsigned staged) {
     const Peers& peers = params.peers;
     __shared__ uint32_t epoch;
     if (threadIdx.x == 0) {
         uint64_t& counter = state_word(peers, kStateOpEpoch);
         epoch = static_cast<uint32_t>(++counter);
-        if (staged) state_word(peers, kStateStagedEpoch + params.buffer) = epoch;
+        for (int b = 0; b < kStagingBuffers; ++b) {
+            if (staged >> b & 1) state_word(peers, kStateStagedEpoch + b) = epoch;
+        }
     }
     if (threadIdx.x < kRowsControlInts) params.control[threadIdx.x] = 0;
     __syncthreads();
@@ -71,7 +73,7 @@ cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-cudaError_t launch_announce(const RowsParams& params, bool staged, cudaStream_t stream) {
+cudaError_t launch_announce(const RowsParams& params, unsigned staged, cudaStream_t stream) {
     announce_kernel<<<1, kMaxRanks, 0, stream>>>(params, staged);
     return cudaGetLastError();
 }

@@ -7,23 +7,21 @@
 
 namespace megamoe {
 
-__device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); }
-__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
-
 template <Gemm kGemm>
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
-    grouped_gemm_kernel(const __grid_constant__ GemmParams params) {
+    grouped_gemm_kernel(const __grid_constant__ GemmParams params, int* claims) {
     extern __shared__ __align__(1024) uint8_t memory[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(memory);
     if (threadIdx.x == 0) init_barriers(shared);
+    if (warp_index() == 0) acquire_maps(params);
     ptx::cluster_sync();
 
     const int rank = static_cast<int>(ptx::cluster_rank());
     if (warpgroup_index() == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
         if (warp_index() == 0) loader_role<kGemm>(shared, params, rank);
-        if (warp_index() == 1 && rank == 0) scheduler_role<kGemm>(shared, params);
-        if (warp_index() >= 2) storer_role<kGemm>(shared, params, warp_index() - 2, rank);
+        if (warp_index() == 1 && rank == 0) scheduler_role(shared, &params, {1, params.num_experts, {}}, claims);
+        if (warp_index() == 2) storer_role<kGemm>(shared, params, rank);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
         math_role<kGemm>(shared, params, warpgroup_index() - 1, rank);
@@ -34,22 +32,22 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
 }
 
 template <Gemm kGemm>
-cudaError_t launch(const GemmParams& params, int num_sms, cudaStream_t stream) {
+cudaError_t launch(const GemmParams& params, int* claims, int num_sms, cudaStream_t stream) {
     constexpr int kBytes = sizeof(SharedStorage);
     const cudaError_t error =
         cudaFuncSetAttribute(grouped_gemm_kernel<kGemm>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (error != cudaSuccess) return error;
-    grouped_gemm_kernel<kGemm><<<num_sms / kClusterSize * kClusterSize, kThreads, kBytes, stream>>>(params);
+    grouped_gemm_kernel<kGemm><<<num_sms / kClusterSize * kClusterSize, kThreads, kBytes, stream>>>(params, claims);
     return cudaGetLastError();
 }
 
-cudaError_t launch_grouped_gemm(Gemm gemm, const GemmParams& params, int num_sms, cudaStream_t stream) {
+cudaError_t launch_grouped_gemm(Gemm gemm, const GemmParams& params, int* claims, int num_sms, cudaStream_t stream) {
     switch (gemm) {
-        case Gemm::kFc1: return launch<Gemm::kFc1>(params, num_sms, stream);
-        case Gemm::kFc2: return launch<Gemm::kFc2>(params, num_sms, stream);
-        case Gemm::kDgrad2: return launch<Gemm::kDgrad2>(params, num_sms, stream);
-        case Gemm::kDgrad1: return launch<Gemm::kDgrad1>(params, num_sms, stream);
-        case Gemm::kWgrad: return launch<Gemm::kWgrad>(params, num_sms, stream);
+        case Gemm::kFc1: return launch<Gemm::kFc1>(params, claims, num_sms, stream);
+        case Gemm::kFc2: return launch<Gemm::kFc2>(params, claims, num_sms, stream);
+        case Gemm::kDgrad2: return launch<Gemm::kDgrad2>(params, claims, num_sms, stream);
+        case Gemm::kDgrad1: return launch<Gemm::kDgrad1>(params, claims, num_sms, stream);
+        case Gemm::kWgrad: return launch<Gemm::kWgrad>(params, claims, num_sms, stream);
     }
     return cudaErrorInvalidValue;
 }

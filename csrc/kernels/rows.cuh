@@ -11,8 +11,8 @@ namespace megamoe {
 cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream);
 
 // Starts an operation: counts its epoch, zeroes its control block and sends the ready word to all peers.
-// `staged`: the operation offers the staging buffer.
-cudaError_t launch_announce(const RowsParams& params, bool staged, cudaStream_t stream);
+// `staged`: the staging buffers that the operation offers, a bit each.
+cudaError_t launch_announce(const RowsParams& params, unsigned staged, cudaStream_t stream);
 
 // num_sms 0: all.
 cudaError_t launch_pull(const RowsParams& params, int num_sms, cudaStream_t stream);

@@ -50,21 +50,21 @@ struct WorkspaceShape {
 // Offsets in bytes from the base of the workspace. Written by: whose kernels store there.
 struct WorkspaceLayout {
     // region                shape                      written by        may be rewritten after
-    int64_t state;    // u64 [kStateWords]          owner             -
-    int64_t abort;    // u64 [1]                    any rank          never: the process is finished
-    int64_t counted;  // u64 [R]                    peer r            monotone
-    int64_t listed;   // u64 [R]                    peer r            monotone
-    int64_t ready;    // u64 [4, R]                 peer r            four operations later
-    int64_t pulled;   // u64 [2, R]                 peer r            monotone
-    int64_t pushed;   // u64 [R]                    peer r            monotone
-    int64_t counts;   // i32 [2, R, E + header]     peer r            counted of the epoch after next
-    int64_t
-        row_sources;   // i32 [2, T*K]               owner             counted of the epoch after next, from all peers
-    int64_t weights;   // f32 [2, T*K]               owner             pulled[buffer] from all peers
-    int64_t dweights;  // f32 [T*K]                  peers             the owner's next ready
-    int64_t staging;   // bf16 [2, T, H]             owner             pulled[buffer] from all peers
-    int64_t slots;     // bf16 [K, T, H]             peers             the owner's next ready
-    int64_t bytes;     // in all
+    int64_t state;        // u64 [kStateWords]          owner             -
+    int64_t abort;        // u64 [1]                    any rank          never: the process is finished
+    int64_t counted;      // u64 [R]                    peer r            monotone
+    int64_t listed;       // u64 [R]                    peer r            monotone
+    int64_t ready;        // u64 [4, R]                 peer r            four operations later
+    int64_t pulled;       // u64 [2, R]                 peer r            monotone
+    int64_t pushed;       // u64 [R]                    peer r            monotone
+    int64_t counts;       // i32 [2, R, E + header]     peer r            counted of the epoch after next
+    int64_t row_sources;  // i32 [2, T*K]               owner             counted of the epoch after next, all peers
+    int64_t weights;      // f32 [2, T*K]               owner             pulled[buffer] from all peers
+    int64_t dweights;     // f32 [T*K]                  peers             the owner's next ready
+    int64_t staging;      // bf16 [2, T, H]             owner             pulled[buffer] from all peers
+    int64_t slots;        // bf16 [K, T, H]             peers             the owner's next ready
+    int64_t tile_flags;   // u32 [R, tiles]            peer r            monotone
+    int64_t bytes;        // in all
 
     WorkspaceShape shape;
 };
@@ -75,6 +75,11 @@ MEGAMOE_BOTH constexpr int64_t align_region(int64_t bytes) {
 
 // Ints of one rank's row of `counts`.
 MEGAMOE_BOTH constexpr int64_t counts_stride(int64_t experts) { return (experts + kHeaderInts + 31) / 32 * 32; }
+
+// Row tiles of 128 that a rank can have at most: all slots of all ranks at its experts, each expert padded.
+MEGAMOE_BOTH constexpr int64_t flag_tiles(const WorkspaceShape& shape) {
+    return (shape.ranks * shape.tokens * shape.top_k + 127) / 128 + shape.experts / shape.ranks;
+}
 
 MEGAMOE_BOTH constexpr WorkspaceLayout workspace_layout(const WorkspaceShape& shape) {
     const int64_t flat = shape.tokens * shape.top_k;
@@ -95,6 +100,7 @@ MEGAMOE_BOTH constexpr WorkspaceLayout workspace_layout(const WorkspaceShape& sh
     layout.dweights = next, next += align_region(flat * 4);
     layout.staging = next, next += align_region(kStagingBuffers * shape.tokens * row);
     layout.slots = next, next += align_region(shape.top_k * shape.tokens * row);
+    layout.tile_flags = next, next += align_region(shape.ranks * flag_tiles(shape) * 4);
     layout.bytes = next;
     return layout;
 }

@@ -53,13 +53,15 @@ __device__ __forceinline__ void store_dp(const GemmParams& params, const Share& 
 }
 
 template <int kChunk>
-__device__ __forceinline__ void dswiglu_step(SharedStorage& shared, const GemmParams& params, WarpPlace place,
-                                             int chunks, float2 p, float2& dp, const float (&d)[128],
+__device__ __forceinline__ void dswiglu_step(SharedStorage& shared, const GemmParams& params, const Share& share,
+                                             WarpPlace place, int chunks, float2 p, float2& dp, const float (&d)[128],
                                              Position& position) {
     const OutputPlace output = position.next_output<Gemm::kDgrad2>(kChunk);
     const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
     if (kChunk < chunks) {
         dswiglu_chunk<kChunk>(rows, p, params.limit, dp, d);
+        // Before the last hand-over, so that what the storer announces of this tile covers dp too.
+        if (kChunk == chunks - 1) store_dp(params, share, place.row - place.warpgroup * kWarpgroupM, dp);
         publish_output(shared, place.warpgroup, output);
     } else {
         release_output(shared, output, 1);
@@ -72,13 +74,12 @@ __device__ __forceinline__ void dswiglu_epilogue(SharedStorage& shared, const Ge
                                                  Position& position) {
     const int chunks = dswiglu_chunks(params.n_extent, share.n_tile);
     float2 dp = {0.0f, 0.0f};
-    dswiglu_step<0>(shared, params, place, chunks, p, dp, d, position);
-    dswiglu_step<1>(shared, params, place, chunks, p, dp, d, position);
+    dswiglu_step<0>(shared, params, share, place, chunks, p, dp, d, position);
+    dswiglu_step<1>(shared, params, share, place, chunks, p, dp, d, position);
     if (stages > 2) {
-        dswiglu_step<2>(shared, params, place, chunks, p, dp, d, position);
-        dswiglu_step<3>(shared, params, place, chunks, p, dp, d, position);
+        dswiglu_step<2>(shared, params, share, place, chunks, p, dp, d, position);
+        dswiglu_step<3>(shared, params, share, place, chunks, p, dp, d, position);
     }
-    store_dp(params, share, place.row - place.warpgroup * kWarpgroupM, dp);
 }
 
 }  // namespace megamoe

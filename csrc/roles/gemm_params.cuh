@@ -19,6 +19,7 @@ struct GemmTraits {
 
 // The tensors of one product; which fields it uses follows from the table in schedule/ring.cuh.
 struct GemmParams {
+    Gemm gemm;
     CUtensorMap a;                   // left operand: a row pool
     CUtensorMap b;                   // wgrad: right operand, a row pool; dgrad2: h, for the epilogue
     CUtensorMap out;                 // h (fc1), y rows (fc2), dh (dgrad2), dx rows (dgrad1)
@@ -29,13 +30,13 @@ struct GemmParams {
     const int* expert_offset;        // [L] first row of each expert in the pools
     const float* row_weights;        // [M] p of each row
     float* dp_partials;              // [M, n_tiles]
-    int* claims;                     // units handed out; zeroed before the launch
     int num_experts;
     int m_extent;          // wgrad: rows of the gradient
     int n_extent;          // columns of the result; I for fc1 and dgrad2, whose h and dh have twice as many
     int k_blocks;          // reduction steps; not for wgrad
     __nv_bfloat162 limit;  // SwiGLU clamp twice; +inf when off
     int accumulate;        // wgrad: add to what is there
+    int wanted;            // 0: the launch leaves this product out
     Deadline deadline;
 };
 

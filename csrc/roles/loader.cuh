@@ -115,29 +115,34 @@ __device__ __forceinline__ void grant_outputs(SharedStorage& shared, const GemmP
     }
 }
 
+// All that a unit needs, by one thread: its operands, then the places for its results.
+template <Gemm kGemm>
+__device__ __forceinline__ void load_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& unit,
+                                          int rank, Position& position) {
+    const CUtensorMap* weights = params.expert_maps + unit.expert;
+    StageCursor& ring = position.ring;
+    for (int k_block = 0; k_block < unit.k_blocks; ++k_block) {
+        wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);
+        load_stage<kGemm>(shared, params, unit, weights, rank, ring.index, k_block);
+        ring.advance();
+    }
+    grant_outputs<kGemm>(shared, params, unit, rank, position);
+}
+
+// The tensor maps of all experts before their first use, by a whole warp; a barrier with their users must follow.
+__device__ __forceinline__ void acquire_maps(const GemmParams& params) {
+    for (int i = threadIdx.x & 31; i < params.num_experts; i += 32) ptx::tensor_map_acquire(params.expert_maps + i);
+}
+
 // By a whole warp; one lane issues.
 template <Gemm kGemm>
 __device__ void loader_role(SharedStorage& shared, const GemmParams& params, int rank) {
-    const bool issues = (threadIdx.x & 31) == 0;
     Position position;
     UnitCursor units;
-    int known = -1;
     while (true) {
         const UnitSlot unit = next_unit(shared, units, params.deadline);
         if (unit.expert < 0) break;
-        if (!issues) continue;
-        const CUtensorMap* weights = params.expert_maps + unit.expert;
-        if (unit.expert != known) {
-            ptx::tensor_map_acquire(weights);
-            known = unit.expert;
-        }
-        StageCursor& ring = position.ring;
-        for (int k_block = 0; k_block < unit.k_blocks; ++k_block) {
-            wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);
-            load_stage<kGemm>(shared, params, unit, weights, rank, ring.index, k_block);
-            ring.advance();
-        }
-        grant_outputs<kGemm>(shared, params, unit, rank, position);
+        if ((threadIdx.x & 31) == 0) load_unit<kGemm>(shared, params, unit, rank, position);
     }
 }
 

@@ -59,40 +59,48 @@ __device__ __forceinline__ void finish_multiply(SharedStorage& shared, int last_
     release_stage(shared, last_stage);
 }
 
+__device__ __forceinline__ WarpPlace warp_place(int warpgroup) {
+    return {warpgroup, warpgroup * kWarpgroupM + static_cast<int>((threadIdx.x / 32) & 3) * kWarpRows};
+}
+
+// `d`: the accumulators, one set for all products of a launch. A set for each would be alive all the time: the first
+// wgmma of a tile names its accumulators as inputs, even where it overwrites them.
+template <Gemm kGemm>
+__device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
+                                          WarpPlace place, int rank, Position& position, float (&d)[128]) {
+    constexpr bool kUsesWeights = kGemm == Gemm::kFc1 || kGemm == Gemm::kDgrad2;
+    const int warp_row = place.row - place.warpgroup * kWarpgroupM;
+    const Share share = share_of<kGemm>(params, slot, rank, place.warpgroup);
+    const int outputs = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
+    if (!share.works) return skip<kGemm>(shared, params, slot.k_blocks, outputs, position);
+    if (GemmTraits<kGemm>::kIsWgrad && slot.k_blocks == 0) {
+        return zero_gradient(params, share, warp_row, params.gradients[slot.expert]);
+    }
+    const int last_stage = multiply<kGemm>(shared, params, place.warpgroup, slot.k_blocks, position.ring, d);
+    // Asked for while the last step runs.
+    const float2 p = kUsesWeights ? row_weights(params, share, warp_row) : float2{0.0f, 0.0f};
+    finish_multiply(shared, last_stage, d);
+    if constexpr (kGemm == Gemm::kFc1) {
+        swiglu_epilogue(shared, params, place, p, d, position);
+    } else if constexpr (kGemm == Gemm::kDgrad2) {
+        dswiglu_epilogue(shared, params, share, place, outputs, p, d, position);
+    } else if constexpr (kGemm == Gemm::kWgrad) {
+        wgrad_epilogue(shared, params, place, d, position);
+    } else {
+        store_epilogue(shared, params, place, d, position);
+    }
+}
+
 template <Gemm kGemm>
 __device__ void math_role(SharedStorage& shared, const GemmParams& params, int warpgroup, int rank) {
-    constexpr bool kUsesWeights = kGemm == Gemm::kFc1 || kGemm == Gemm::kDgrad2;
-    const int warp_row = ((threadIdx.x / 32) & 3) * kWarpRows;
-    const WarpPlace place{warpgroup, warpgroup * kWarpgroupM + warp_row};
+    const WarpPlace place = warp_place(warpgroup);
     Position position;
     UnitCursor units;
+    float d[128];
     while (true) {
         const UnitSlot slot = next_unit(shared, units, params.deadline);
         if (slot.expert < 0) break;
-        const Share share = share_of<kGemm>(params, slot, rank, warpgroup);
-        const int outputs = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
-        if (!share.works) {
-            skip<kGemm>(shared, params, slot.k_blocks, outputs, position);
-            continue;
-        }
-        if (GemmTraits<kGemm>::kIsWgrad && slot.k_blocks == 0) {
-            zero_gradient(params, share, warp_row, params.gradients[slot.expert]);
-            continue;
-        }
-        float d[128];
-        const int last_stage = multiply<kGemm>(shared, params, warpgroup, slot.k_blocks, position.ring, d);
-        // Asked for while the last step runs.
-        const float2 p = kUsesWeights ? row_weights(params, share, warp_row) : float2{0.0f, 0.0f};
-        finish_multiply(shared, last_stage, d);
-        if constexpr (kGemm == Gemm::kFc1) {
-            swiglu_epilogue(shared, params, place, p, d, position);
-        } else if constexpr (kGemm == Gemm::kDgrad2) {
-            dswiglu_epilogue(shared, params, share, place, outputs, p, d, position);
-        } else if constexpr (kGemm == Gemm::kWgrad) {
-            wgrad_epilogue(shared, params, place, d, position);
-        } else {
-            store_epilogue(shared, params, place, d, position);
-        }
+        math_unit<kGemm>(shared, params, slot, place, rank, position, d);
     }
 }
 

@@ -1,7 +1,6 @@
 // How results leave a CTA. An SM sends at most 32 bytes a cycle, so a tile's results take thousands of cycles to go:
 // they must travel while the next tile is multiplied. Behind a unit's operand stages the ring therefore grants *output
-// stages*: the math warps only drop their results there, and a storer warp per math warpgroup sends them by TMA and
-// then hands the stage back.
+// stages*: the math warps only drop their results there, and the storer warp sends them and then hands the stage back.
 //
 // A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of
 // each.
@@ -119,39 +118,69 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
     ptx::tma_store_commit();
 }
 
-// Storer role: a whole warp for math warpgroup `warpgroup`; one lane issues.
+// Parity of output_full, a bit per place and warpgroup.
+struct Laps {
+    uint32_t of[kMathWarpgroups] = {};
+};
+
+// Sends a unit's output stages of both warpgroups, by a whole warp. `send(warpgroup, share, stage, part)` copies what
+// lies at `part` and returns when it has been read. Returns how many warpgroups had work.
+template <Gemm kGemm, class Send>
+__device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
+                                          int rank, Position& position, Laps& laps, Send&& send) {
+    const int outputs = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
+    position.ring.skip(slot.k_blocks);
+    int working = 0;
+#pragma unroll
+    for (int w = 0; w < kMathWarpgroups; ++w) working += share_of<kGemm>(params, slot, rank, w).works;
+    for (int stage = 0; stage < outputs; ++stage) {
+        const OutputPlace place = position.next_output<kGemm>(stage);
+        const int n_tile = n_tile_of(unit_of(slot), rank);
+        if (kGemm == Gemm::kDgrad2 && stage >= dswiglu_chunks(params.n_extent, n_tile)) continue;  // handed back
+#pragma unroll
+        for (int w = 0; w < kMathWarpgroups; ++w) {
+            if (w >= working) break;
+            wait(&shared.output_full[w][place.index], laps.of[w] >> place.index & 1, params.deadline,
+                 Waiting::kOutputFull);
+            laps.of[w] ^= 1u << place.index;
+            send(w, share_of<kGemm>(params, slot, rank, w), stage, output_memory(shared, place) + w * (kPartBytes / 2));
+        }
+        if (working == 0) continue;
+        if ((threadIdx.x & 31) == 0) ptx::tma_store_wait_read<0>();
+        __syncwarp();
+        release_output(shared, place, working * kWarpgroupWarps);
+    }
+    return working;
+}
+
+// Sends by TMA.
 template <Gemm kGemm>
-__device__ void storer_role(SharedStorage& shared, const GemmParams& params, int warpgroup, int rank) {
-    const bool issues = (threadIdx.x & 31) == 0;
+__device__ __forceinline__ int store_unit_tma(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
+                                              int rank, Position& position, Laps& laps) {
+    const CUtensorMap* gradient = params.expert_maps + slot.expert;
+    return store_unit<kGemm>(shared, params, slot, rank, position, laps,
+                             [&](int, const Share& share, int stage, const uint8_t* part) {
+                                 if ((threadIdx.x & 31) == 0) send_stage<kGemm>(params, share, gradient, stage, part);
+                             });
+}
+
+// Everything sent is performed.
+__device__ __forceinline__ void finish_stores() {
+    if ((threadIdx.x & 31) == 0) ptx::tma_store_wait_all();
+}
+
+// Storer role: a whole warp; one lane issues.
+template <Gemm kGemm>
+__device__ void storer_role(SharedStorage& shared, const GemmParams& params, int rank) {
     Position position;
     UnitCursor units;
-    uint32_t laps = 0;  // parity of output_full, a bit per place
+    Laps laps;
     while (true) {
         const UnitSlot slot = next_unit(shared, units, params.deadline);
         if (slot.expert < 0) break;
-        const Share share = share_of<kGemm>(params, slot, rank, warpgroup);
-        const int outputs = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
-        const int own = kGemm == Gemm::kDgrad2 ? dswiglu_chunks(params.n_extent, share.n_tile) : outputs;
-        const CUtensorMap* gradient = params.expert_maps + slot.expert;
-        if (GemmTraits<kGemm>::kIsWgrad && outputs > 0) ptx::tensor_map_acquire(gradient);
-        position.ring.skip(slot.k_blocks);
-        for (int stage = 0; stage < outputs; ++stage) {
-            const OutputPlace place = position.next_output<kGemm>(stage);
-            if (!share.works || stage >= own) continue;  // handed back by the math warps
-            wait(&shared.output_full[warpgroup][place.index], laps >> place.index & 1, params.deadline,
-                 Waiting::kOutputFull);
-            laps ^= 1u << place.index;
-            if (issues) {
-                send_stage<kGemm>(params, share, gradient, stage,
-                                  output_memory(shared, place) + warpgroup * (kPartBytes / 2));
-                ptx::tma_store_wait_read<0>();
-            }
-            __syncwarp();
-            release_output(shared, place, kWarpgroupWarps);
-        }
+        store_unit_tma<kGemm>(shared, params, slot, rank, position, laps);
     }
-    // Everything sent is performed before the CTA exits.
-    if (issues) ptx::tma_store_wait_all();
+    finish_stores();
 }
 
 }  // namespace megamoe

@@ -13,8 +13,8 @@ constexpr int kThreads = 128 * (1 + kMathWarpgroups);
 constexpr int kWarpRows = 16;  // rows of a math warp
 
 // Registers per thread. The launch bound gives 168; the producer warpgroup hands its share to the math warpgroups.
-constexpr int kProducerRegisters = 40;
-constexpr int kMathRegisters = 232;
+constexpr int kProducerRegisters = 56;  // a mover keeps four 16-byte loads per lane in flight
+constexpr int kMathRegisters = 224;
 static_assert(128 * kProducerRegisters + 128 * kMathWarpgroups * kMathRegisters <= 65536);
 
 // One unit of work as every role of a cluster reads it.
@@ -26,7 +26,7 @@ struct alignas(16) UnitSlot {
     int row_begin;  // first row of the expert in the row pools
     int rows;       // rows of the expert
     int k_blocks;   // steps of the reduction loop
-    int unused;
+    int product;    // which of the launch's products; 0 where there is one
 };
 static_assert(sizeof(UnitSlot) == 32);
 
@@ -39,9 +39,12 @@ struct alignas(1024) SharedStorage {
     uint64_t output_full[kMathWarpgroups][kStages + 1];
     uint64_t unit_full[kUnitSlots];
     uint64_t unit_free[kUnitSlots];
-    int unit_end[kMaxExperts];  // running total of units up to and including expert e (scheduler only)
+    int expert_rows[kMaxExperts];  // scheduler only
 };
 static_assert(sizeof(SharedStorage) <= 227 * 1024);
+
+__device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); }
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
 // By one thread of each CTA, followed by a cluster_sync of all.
 __device__ __forceinline__ void init_barriers(SharedStorage& shared) {

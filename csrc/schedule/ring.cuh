@@ -25,7 +25,7 @@ constexpr int kMathWarps = kWarpgroupWarps * kMathWarpgroups;
 constexpr int kStages = 4;
 constexpr int kSpare = kStages;  // index of the spare place where stages are counted
 constexpr int kUnitSlots = 4;
-constexpr int kUnitReaders = kMathWarps + 1 + kMathWarpgroups;  // warps of a CTA that read each unit
+constexpr int kUnitReaders = kMathWarps + 2;  // warps of a CTA that read each unit: math, loader, storer
 
 // Arrivals that complete a phase.
 constexpr int kUnitFreeArrivals = kUnitReaders * kClusterSize;

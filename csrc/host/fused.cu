@@ -1,0 +1,206 @@
+#include "host/fused.hpp"
+
+#include <stdexcept>
+#include <string>
+
+#include "host/checks.hpp"
+#include "host/clamp.hpp"
+#include "host/tensor_map.hpp"
+#include "kernels/fused.hpp"
+#include "kernels/rows.cuh"
+#include "roles/fused_params.cuh"
+
+namespace megamoe {
+namespace {
+
+constexpr int kPullClaimBytes = 16384;  // small claims, so that the first expert's rows are there soon
+
+Pull pull_of(int buffer, const void* tokens, const float* weights, void* pool) {
+    return {buffer, static_cast<const uint8_t*>(tokens), weights, static_cast<uint8_t*>(pool)};
+}
+
+int claim_rows(int64_t row_bytes) {
+    int rows = 1;
+    while (rows < 32 && 2 * rows * row_bytes <= kPullClaimBytes) rows *= 2;
+    return rows;
+}
+
+FusedCounters counters_of(const FusedArgs& args) {
+    const int64_t tiles = args.capacity / kRowTile;
+    FusedCounters counters{};
+    int* next = args.counters;
+    counters.units = next;
+    counters.pulls = next + 1;
+    counters.pulled = next + 3;
+    counters.summed = next + 5;
+    next += kFusedScalars;
+    counters.arrived = next, next += 2 * tiles;
+    counters.made = next, next += tiles;
+    counters.pushed = next, next += tiles;
+    counters.taken = reinterpret_cast<unsigned*>(next);
+    return counters;
+}
+
+// What all products share.
+GemmParams product_of(Gemm gemm, const FusedArgs& args) {
+    GemmParams product{};
+    product.gemm = gemm;
+    product.expert_rows = args.expert_rows;
+    product.expert_offset = args.expert_offset;
+    product.num_experts = static_cast<int>(args.workspace.experts / args.workspace.ranks);
+    product.limit = clamp_pair(args.limit);
+    product.deadline = deadline_of(args.workspace);
+    product.row_weights = args.row_weights;
+    product.wanted = 1;
+    return product;
+}
+
+CUtensorMap map_of(MapKind kind, const void* pool, const FusedArgs& args, int64_t columns) {
+    return make_tensor_map(kind, pool, args.capacity, columns);
+}
+
+void forward_products(const FusedArgs& args, GemmParams* products) {
+    const int64_t hidden = args.workspace.hidden, inter = args.inter;
+    GemmParams& fc1 = products[kProductFc1] = product_of(Gemm::kFc1, args);
+    fc1.a = map_of(MapKind::kActivation, args.pool, args, hidden);
+    fc1.out = map_of(MapKind::kOutput, args.h, args, 2 * inter);
+    fc1.act = map_of(MapKind::kOutput, args.act, args, inter);
+    fc1.expert_maps = static_cast<const CUtensorMap*>(args.maps[0]);
+    fc1.n_extent = static_cast<int>(inter);
+    fc1.k_blocks = static_cast<int>(hidden / kBlockK);
+    GemmParams& fc2 = products[kProductFc2] = product_of(Gemm::kFc2, args);
+    fc2.a = map_of(MapKind::kActivation, args.act, args, inter);
+    fc2.expert_maps = static_cast<const CUtensorMap*>(args.maps[1]);
+    fc2.n_extent = static_cast<int>(hidden);
+    fc2.k_blocks = static_cast<int>(inter / kBlockK);
+}
+
+GemmParams wgrad_of(const FusedArgs& args, int which, const void* left, int64_t rows, const void* right, int64_t cols) {
+    GemmParams wgrad = product_of(Gemm::kWgrad, args);
+    wgrad.wanted = args.gradient_maps[which] != nullptr;
+    if (!wgrad.wanted) return wgrad;
+    wgrad.a = map_of(MapKind::kOperandMN, left, args, rows);
+    wgrad.b = map_of(MapKind::kWeightMN, right, args, cols);
+    wgrad.expert_maps = static_cast<const CUtensorMap*>(args.gradient_maps[which]);
+    wgrad.gradients = args.gradients[which];
+    wgrad.accumulate = args.accumulate[which];
+    wgrad.m_extent = static_cast<int>(rows);
+    wgrad.n_extent = static_cast<int>(cols);
+    return wgrad;
+}
+
+void backward_products(const FusedArgs& args, GemmParams* products) {
+    const int64_t hidden = args.workspace.hidden, inter = args.inter;
+    GemmParams& dgrad2 = products[kProductDgrad2] = product_of(Gemm::kDgrad2, args);
+    dgrad2.a = map_of(MapKind::kActivation, args.pool, args, hidden);
+    dgrad2.b = map_of(MapKind::kOutput, args.h, args, 2 * inter);
+    dgrad2.out = map_of(MapKind::kOutput, args.dh, args, 2 * inter);
+    dgrad2.act = map_of(MapKind::kOutput, args.act, args, inter);
+    dgrad2.expert_maps = static_cast<const CUtensorMap*>(args.maps[0]);
+    dgrad2.dp_partials = args.dp_partials;
+    dgrad2.n_extent = static_cast<int>(inter);
+    dgrad2.k_blocks = static_cast<int>(hidden / kBlockK);
+    GemmParams& dgrad1 = products[kProductDgrad1] = product_of(Gemm::kDgrad1, args);
+    dgrad1.a = map_of(MapKind::kActivation, args.dh, args, 2 * inter);
+    dgrad1.expert_maps = static_cast<const CUtensorMap*>(args.maps[1]);
+    dgrad1.n_extent = static_cast<int>(hidden);
+    dgrad1.k_blocks = static_cast<int>(2 * inter / kBlockK);
+    products[kProductWgrad2] = wgrad_of(args, 0, args.pool, hidden, args.act, inter);
+    products[kProductWgrad1] = wgrad_of(args, 1, args.dh, 2 * inter, args.second_pool, hidden);
+}
+
+void pulls_of(const FusedArgs& args, FusedParams& params) {
+    if (!args.backward) {
+        params.pulls[0] = pull_of(0, args.x, args.weights, args.pool);
+        params.num_pulls = 1;
+        return;
+    }
+    params.pulls[0] = pull_of(1, args.dy, args.weights, args.pool);
+    params.pulls[1] = pull_of(0, args.x, nullptr, args.second_pool);
+    params.num_pulls = args.second_pool == nullptr ? 1 : 2;
+}
+
+// Rows that feed the first tiles of all clusters.
+int first_rows(const GemmParams& product, int clusters) {
+    const int n_tiles = ceil_div(product.n_extent, tile_columns(product.gemm));
+    return ceil_div(clusters, n_tiles) * 2 * kTileM;
+}
+
+RowsParams staging_of(const FusedArgs& args, int buffer, const void* tokens, const float* weights) {
+    RowsParams rows{};
+    rows.peers = peers_of(args.workspace);
+    rows.cut = cut_rows(static_cast<int>(args.workspace.hidden));
+    rows.op = args.backward ? Op::kBackward : Op::kForward;
+    rows.buffer = buffer;
+    rows.top_k = static_cast<int>(args.workspace.top_k);
+    rows.tokens = static_cast<int>(args.tokens);
+    rows.plan_control = args.plan_control;
+    rows.tokens_in = static_cast<uint8_t*>(const_cast<void*>(tokens));
+    rows.weights = weights;
+    rows.control = args.counters;
+    return rows;
+}
+
+}  // namespace
+
+int64_t fused_counters(int64_t capacity, int64_t tokens) {
+    return kFusedScalars + 4 * (capacity / kRowTile) + (tokens + 31) / 32;
+}
+
+void begin_fused(const FusedArgs& args) {
+    const bool alone = args.workspace.ranks == 1;
+    const bool second = args.backward && args.second_pool != nullptr;
+    const int first = args.backward ? 1 : 0;
+    const RowsParams rows = staging_of(args, first, args.backward ? args.dy : args.x, args.weights);
+    if (!alone) check(launch_stage(rows, args.stream), "staging rows");
+    if (!alone && second) check(launch_stage(staging_of(args, 0, args.x, nullptr), args.stream), "staging x");
+    check(cudaMemsetAsync(args.counters, 0, args.counters_size * sizeof(int), args.stream), "clearing the counters");
+    check(launch_announce(rows, alone ? 0 : 1u << first | (second ? 1u : 0), args.stream), "launching announce");
+}
+
+void run_fused(const FusedArgs& args) {
+    require(args.tokens <= args.workspace.tokens, "T", args.tokens, "at most the workspace's tokens");
+    require(args.capacity > 0 && args.capacity % kRowTile == 0, "pool rows", args.capacity, "multiples of 128");
+    require(args.inter > 0 && args.inter % 128 == 0, "I", args.inter, "multiples of 128");
+    require(args.counters_size >= fused_counters(args.capacity, args.tokens), "counters' size", args.counters_size,
+            "at least fused_counters");
+    const int sms = args.num_sms > 0 ? args.num_sms : sm_count(), clusters = sms / kClusterSize;
+    require(clusters >= 1, "num_sms", sms, "at least 2");
+    const int local = static_cast<int>(args.workspace.experts / args.workspace.ranks);
+    require(local <= kMaxExperts, "local experts", local, "1..512");
+    // What an even routing gives an expert.
+    const int rows = static_cast<int>(args.workspace.tokens * args.workspace.top_k / local);
+    const int inter = static_cast<int>(args.inter), hidden = static_cast<int>(args.workspace.hidden);
+
+    FusedParams params{};
+    if (args.backward) {
+        backward_products(args, params.products);
+        params.order = backward_order(local, rows, inter, hidden, clusters);
+    } else {
+        forward_products(args, params.products);
+        params.order = forward_order(local, rows, inter, clusters);
+    }
+    pulls_of(args, params);
+    params.peers = peers_of(args.workspace);
+    params.op = args.backward ? Op::kBackward : Op::kForward;
+    params.plan_control = args.plan_control;
+    params.source_of = reinterpret_cast<const long long*>(args.source_of);
+    params.num_rows = args.expert_offset + local;
+    params.slot_of = reinterpret_cast<const long long*>(args.slot_of);
+    params.ids = args.ids;
+    params.tokens = static_cast<int>(args.tokens);
+    params.top_k = static_cast<int>(args.workspace.top_k);
+    params.experts = static_cast<int>(args.workspace.experts);
+    params.row_bytes = 2 * hidden;
+    params.claim_rows = claim_rows(params.row_bytes);
+    params.first_rows = first_rows(params.products[0], clusters);
+    params.tiles = static_cast<int>(args.capacity / kRowTile);
+    params.row_weights = args.row_weights;
+    params.tokens_out = static_cast<uint8_t*>(args.tokens_out);
+    params.dweights = args.dweights;
+    params.counters = counters_of(args);
+    const auto launch = args.backward ? launch_backward : launch_forward;
+    check(launch(params, sms, args.stream), "launching the fused kernel");
+}
+
+}  // namespace megamoe

@@ -1,0 +1,54 @@
+// Tensor arguments as the launches take them; each check names the argument.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstring>
+#include <optional>
+
+#include "host/comm.hpp"
+
+namespace megamoe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class T>
+T* elements(const Tensor& tensor, ScalarType type, int64_t least, const char* name) {
+    STD_TORCH_CHECK(tensor.scalar_type() == type, "megamoe: wrong dtype of ", name);
+    STD_TORCH_CHECK(tensor.is_contiguous(), "megamoe: ", name, " must be contiguous");
+    STD_TORCH_CHECK(tensor.numel() >= least, "megamoe: ", name, " needs ", least, " elements, has ", tensor.numel());
+    return static_cast<T*>(tensor.data_ptr());
+}
+
+inline int* ints(const Tensor& tensor, int64_t least, const char* name) {
+    return elements<int>(tensor, ScalarType::Int, least, name);
+}
+
+inline int64_t* longs(const Tensor& tensor, int64_t least, const char* name) {
+    return elements<int64_t>(tensor, ScalarType::Long, least, name);
+}
+
+inline float* floats(const OptionalTensor& tensor, int64_t least, const char* name) {
+    return tensor ? elements<float>(*tensor, ScalarType::Float, least, name) : nullptr;
+}
+
+// bf16 rows of `width` elements, 16-byte aligned as bulk copies and vector loads need.
+inline void* rows_of(const OptionalTensor& tensor, int64_t width, int64_t least, const char* name) {
+    if (!tensor) return nullptr;
+    void* data = elements<uint16_t>(*tensor, ScalarType::BFloat16, least * width, name);
+    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(1) == width, "megamoe: ", name, " must have rows of ", width,
+                    " elements");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, "megamoe: ", name, " must be 16-byte aligned");
+    return data;
+}
+
+inline WorkspaceHandle handle_of(const Tensor& handle) {
+    WorkspaceHandle result;
+    std::memcpy(&result, longs(handle, kHandleInts, "handle"), sizeof(result));
+    return result;
+}
+
+}  // namespace megamoe

@@ -1,0 +1,10 @@
+#include "kernels/fused.hpp"
+#include "roles/fused.cuh"
+
+namespace megamoe {
+
+cudaError_t launch_forward(const FusedParams& params, int num_sms, cudaStream_t stream) {
+    return launch_fused_kernel<false>(params, num_sms, stream);
+}
+
+}  // namespace megamoe

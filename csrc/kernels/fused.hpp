@@ -1,0 +1,15 @@
+// The two fused launches of a layer.
+#pragma once
+#include <cuda_runtime.h>
+
+namespace megamoe {
+
+struct FusedParams;
+
+// dispatch, fc1, SwiGLU, fc2, combine
+cudaError_t launch_forward(const FusedParams& params, int num_sms, cudaStream_t stream);
+
+// dispatch of dY and x, dgrad2 with dSwiGLU, dgrad1, both wgrads, combine of dX and dp
+cudaError_t launch_backward(const FusedParams& params, int num_sms, cudaStream_t stream);
+
+}  // namespace megamoe

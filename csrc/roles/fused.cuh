@@ -1,0 +1,205 @@
+// The roles of a fused launch: each takes units of several products and meets the others through counters.
+#pragma once
+#include "roles/loader.cuh"
+#include "roles/math.cuh"
+#include "roles/pull.cuh"
+#include "roles/scatter.cuh"
+#include "roles/scheduler.cuh"
+#include "roles/sum.cuh"
+
+namespace megamoe {
+
+constexpr int kMoverDepth = 4;  // 16-byte loads in flight per lane of a mover
+constexpr int kMathDepth = 8;   // and of a math warp that helps
+constexpr int kMoverSlots = 4;  // combine slots in flight per lane of a mover
+constexpr int kMathSlots = 8;
+
+template <Gemm kGemm>
+struct GemmTag {
+    static constexpr Gemm kValue = kGemm;
+};
+
+// Calls visit(GemmTag, the product's parameters) for the unit's product: the same code for both weight gradients. Fixed
+// indices where there can be: a pointer to the parameters costs the epilogues registers.
+template <bool kBackward, class Visit>
+__device__ __forceinline__ void with_gemm(const FusedParams& params, int product, Visit&& visit) {
+    if constexpr (kBackward) {
+        if (product == kProductDgrad2) return visit(GemmTag<Gemm::kDgrad2>{}, params.products[kProductDgrad2]);
+        if (product == kProductDgrad1) return visit(GemmTag<Gemm::kDgrad1>{}, params.products[kProductDgrad1]);
+        return visit(GemmTag<Gemm::kWgrad>{}, params.products[product]);
+    } else {
+        if (product == kProductFc1) return visit(GemmTag<Gemm::kFc1>{}, params.products[kProductFc1]);
+        return visit(GemmTag<Gemm::kFc2>{}, params.products[kProductFc2]);
+    }
+}
+
+// ---- loader
+
+// Finished (column tile, warpgroup)s of the product that made what `m_tile` of an expert holds.
+template <bool kBackward>
+__device__ __forceinline__ int made_by(const FusedParams& params, int rows, int m_tile) {
+    constexpr Gemm kMaker = kBackward ? Gemm::kDgrad2 : Gemm::kFc1;
+    return ceil_div(params.products[0].n_extent, tile_columns(kMaker)) * warpgroups_of(rows, m_tile);
+}
+
+// Waits until everything that this CTA loads for the unit is there. Whole warp; afterwards the async proxy may read it.
+// Counter -> TMA load: ld.acquire.gpu by a lane; barrier; the issuing lane fence.proxy.async; load.
+template <bool kBackward>
+__device__ __forceinline__ void wait_for_inputs(const FusedParams& params, const UnitSlot& slot, int rank) {
+    const FusedCounters& counters = params.counters;
+    const int first = slot.row_begin / kRowTile;
+    const int lane = threadIdx.x & 31;
+    if (slot.product <= 1) {
+        const int m_tile = m_tile_of(unit_of(slot), rank);
+        if (lane == 0 && slot.product == 0) {
+            wait_counter(params.peers, counters.arrived + first + m_tile, kRowTile, Waiting::kRowsArrived);
+        } else if (lane == 0) {
+            wait_counter(params.peers, counters.made + first + m_tile, made_by<kBackward>(params, slot.rows, m_tile),
+                         Waiting::kTileMade);
+        }
+    } else {
+        // A weight gradient reads all rows of its expert.
+        for (int tile = lane; tile * kTileM < slot.rows; tile += 32) {
+            wait_counter(params.peers, counters.made + first + tile, made_by<kBackward>(params, slot.rows, tile),
+                         Waiting::kTileMade);
+            if (slot.product != kProductWgrad1) continue;
+            wait_counter(params.peers, counters.arrived + params.tiles + first + tile, kRowTile, Waiting::kRowsArrived);
+        }
+    }
+    __syncwarp();
+    ptx::fence_async();
+}
+
+template <bool kBackward>
+__device__ __forceinline__ void fused_loader(SharedStorage& shared, const FusedParams& params, int rank) {
+    Position position;
+    UnitCursor units;
+    while (true) {
+        const UnitSlot slot = next_unit(shared, units, params.peers.deadline);
+        if (slot.expert < 0) break;
+        wait_for_inputs<kBackward>(params, slot, rank);
+        if ((threadIdx.x & 31) != 0) continue;
+        with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
+            load_unit<gemm.kValue>(shared, product, slot, rank, position);
+        });
+    }
+}
+
+// ---- storer
+
+// A finished unit of fc1 or dgrad2. TMA stores -> made: wait_group 0; fence.proxy.async; red.release.gpu. What the math
+// warps stored themselves (dp) came to this warp over output_full.
+__device__ __forceinline__ void count_made(const FusedParams& params, const UnitSlot& slot, int rank, int warpgroups) {
+    if ((threadIdx.x & 31) == 0 && warpgroups > 0) {
+        ptx::tma_store_wait_all();
+        ptx::fence_async();
+        const int tile = slot.row_begin / kRowTile + m_tile_of(unit_of(slot), rank);
+        add_counter(params.counters.made + tile, warpgroups);
+    }
+    __syncwarp();
+}
+
+template <bool kBackward>
+__device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedParams& params, int rank) {
+    Position position;
+    UnitCursor units;
+    Laps laps;
+    uint64_t seen = 0;
+    while (true) {
+        const UnitSlot slot = next_unit(shared, units, params.peers.deadline);
+        if (slot.expert < 0) break;
+        with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
+            constexpr Gemm kGemm = gemm.kValue;
+            if constexpr (kGemm == Gemm::kFc2 || kGemm == Gemm::kDgrad1) {
+                wait_for_all_peers(params.peers, expected_ready(params), seen);
+                scatter_unit<kGemm>(shared, params, product, slot, rank, position, laps);
+            } else {
+                const int working = store_unit_tma<kGemm>(shared, product, slot, rank, position, laps);
+                if constexpr (kGemm != Gemm::kWgrad) count_made(params, slot, rank, working);
+            }
+        });
+    }
+    finish_stores();
+}
+
+// ---- mover and math warps
+
+// Rows first; what is left of the warp's time goes to the sums.
+__device__ __forceinline__ void fused_mover(const FusedParams& params) {
+    uint64_t seen = 0;
+    for (int i = 0; i < params.num_pulls; ++i) pull_rows<kMoverDepth>(params, i, INT64_MAX, seen);
+    sum_tokens<kMoverSlots>(params, seen);
+}
+
+template <bool kBackward>
+__device__ __forceinline__ void fused_math(SharedStorage& shared, const FusedParams& params, int warpgroup, int rank) {
+    const WarpPlace place = warp_place(warpgroup);
+    uint64_t seen = 0;
+    pull_rows<kMathDepth>(params, 0, params.first_rows, seen);
+    Position position;
+    UnitCursor units;
+    float d[128] = {};
+    while (true) {
+        const UnitSlot slot = next_unit(shared, units, params.peers.deadline);
+        if (slot.expert < 0) break;
+        with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
+            math_unit<gemm.kValue>(shared, product, slot, place, rank, position, d);
+        });
+    }
+    sum_tokens<kMathSlots>(params, seen);
+}
+
+// Nothing to do: an overflow or a bad id, judged alike on every rank. The staged rows are given back unread.
+__device__ __forceinline__ void give_up_pulls(const FusedParams& params) {
+    const Peers& peers = params.peers;
+    if (blockIdx.x != 0 || threadIdx.x >= peers.ranks || peers.ranks == 1) return;
+    const uint32_t epoch = static_cast<uint32_t>(state_word(peers, kStateOpEpoch));
+    for (int i = 0; i < params.num_pulls; ++i) {
+        signal(peers, threadIdx.x, peers.layout.pulled, params.pulls[i].buffer * peers.ranks + peers.rank,
+               epoch_word(epoch));
+    }
+}
+
+template <bool kBackward>
+__global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
+    fused_kernel(const __grid_constant__ FusedParams params) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(memory);
+    if (params.plan_control[kPlanCode] != static_cast<int>(PlanCode::kGood)) return give_up_pulls(params);
+    if (threadIdx.x == 0) init_barriers(shared);
+    if (warp_index() == 0) {
+        for (int i = 0; i < params.order.products; ++i) {
+            if (params.products[i].wanted) acquire_maps(params.products[i]);
+        }
+    }
+    ptx::cluster_sync();
+
+    const int rank = static_cast<int>(ptx::cluster_rank());
+    if (warpgroup_index() == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+        if (warp_index() == 0) fused_loader<kBackward>(shared, params, rank);
+        if (warp_index() == 1 && rank == 0) {
+            scheduler_role(shared, params.products, params.order, params.counters.units);
+        }
+        if (warp_index() == 2) fused_storer<kBackward>(shared, params, rank);
+        if (warp_index() == 3 || (warp_index() == 1 && rank == 1)) fused_mover(params);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
+        fused_math<kBackward>(shared, params, warpgroup_index() - 1, rank);
+    }
+    __syncwarp();
+    // A CTA must stay until its peer has sent it the last arrival and multicast.
+    ptx::cluster_sync();
+}
+
+template <bool kBackward>
+cudaError_t launch_fused_kernel(const FusedParams& params, int num_sms, cudaStream_t stream) {
+    constexpr int kBytes = sizeof(SharedStorage);
+    const cudaError_t error =
+        cudaFuncSetAttribute(fused_kernel<kBackward>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (error != cudaSuccess) return error;
+    fused_kernel<kBackward><<<num_sms / kClusterSize * kClusterSize, kThreads, kBytes, stream>>>(params);
+    return cudaGetLastError();
+}
+
+}  // namespace megamoe

@@ -1,0 +1,106 @@
+// Scatter: the storer copies the rows of fc2's and dgrad1's tiles straight into the combine slots of the ranks that
+// hold their tokens, over NVLink where those are peers.
+#pragma once
+#include "comm/counters.cuh"
+#include "roles/fused_params.cuh"
+#include "roles/output.cuh"
+
+namespace megamoe {
+
+constexpr int kRowsPerLane = kWarpgroupM / 32;
+
+// Where the rows of a warpgroup's part of a tile belong; lane i holds rows i and i + 32. Null: no row.
+struct RowTargets {
+    uint8_t* slot[kRowsPerLane];
+};
+
+__device__ __forceinline__ RowTargets row_targets(const FusedParams& params, const Share& share) {
+    RowTargets targets;
+#pragma unroll
+    for (int i = 0; i < kRowsPerLane; ++i) {
+        const int row = (threadIdx.x & 31) + 32 * i;
+        const RowSource source = decode_source(row < share.rows_left ? params.source_of[share.row + row] : -1);
+        targets.slot[i] = source.rank < 0 ? nullptr
+                                          : combine_slot(params.peers, source.rank, source.flat / params.top_k,
+                                                         source.flat % params.top_k);
+    }
+    return targets;
+}
+
+// 128 columns of 64 rows: two neighbouring parts. 16 lanes a row, 256 bytes each.
+__device__ __forceinline__ void scatter_stage(uint32_t part, const RowTargets& targets, int column) {
+    constexpr int kBatch = 4;
+    const int lane = threadIdx.x & 31;
+    const uint32_t from = part + (lane >> 3 & 1) * kPartBytes;
+    const int64_t at = int64_t{column} * 2 + (lane & 15) * 16;
+#pragma unroll 1
+    for (int first = 0; first < kWarpgroupM; first += 2 * kBatch) {
+        uint4 v[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            v[i] = ptx::load_shared_v4(from + ptx::swizzle_128(first + 2 * i + (lane >> 4), lane & 7));
+        }
+        // The rows of a batch are neighbours: either all below 32 or none.
+        const uint64_t mine = reinterpret_cast<uint64_t>(first < 32 ? targets.slot[0] : targets.slot[1]);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const uint64_t slot = __shfl_sync(0xffffffffu, mine, (first + 2 * i + (lane >> 4)) & 31);
+            if (slot != 0) ptx::store_v4(reinterpret_cast<uint8_t*>(slot) + at, v[i]);
+        }
+    }
+}
+
+// dp of a warpgroup's rows, summed over dgrad2's column tiles in ascending order, to where their tokens are.
+__device__ __forceinline__ void push_dweights(const FusedParams& params, const Share& share) {
+    const GemmParams& dgrad2 = params.products[kProductDgrad2];
+    const int n_tiles = ceil_div(dgrad2.n_extent, kTileN);
+#pragma unroll 1
+    for (int row = threadIdx.x & 31; row < min(kWarpgroupM, share.rows_left); row += 32) {
+        const RowSource source = decode_source(params.source_of[share.row + row]);
+        const float* partial = dgrad2.dp_partials + (share.row + row) * n_tiles;
+        float sum = ptx::load_float(partial);
+        for (int i = 1; i < n_tiles; ++i) sum = __fadd_rn(sum, ptx::load_float(partial + i));
+        reinterpret_cast<float*>(region(params.peers, source.rank, params.peers.layout.dweights))[source.flat] = sum;
+    }
+}
+
+// One finished unit of a row tile. Pushed -> tile flag: all lanes' stores; barrier; one lane fence.acq_rel.sys;
+// atom.acq_rel.gpu; whoever completes the tile st.release.sys at every rank (signal fences again, over what the other
+// units' fences made cumulative).
+__device__ __forceinline__ void count_pushed(const FusedParams& params, int tile, int warpgroups, int all) {
+    const Peers& peers = params.peers;
+    __syncwarp();
+    if ((threadIdx.x & 31) != 0) return;
+    random_delay();
+    ptx::fence_acq_rel_sys();
+    if (ptx::add_acq_rel_gpu(params.counters.pushed + tile, warpgroups) + warpgroups != all) return;
+    const uint32_t epoch = static_cast<uint32_t>(state_word(peers, kStateOpEpoch));
+    ptx::fence_acq_rel_sys();
+    for (int r = 0; r < peers.ranks; ++r) ptx::store_release_sys(tile_flag(peers, r, peers.rank, tile), epoch);
+}
+
+template <Gemm kGemm>
+__device__ __forceinline__ void scatter_unit(SharedStorage& shared, const FusedParams& params,
+                                             const GemmParams& product, const UnitSlot& slot, int rank,
+                                             Position& position, Laps& laps) {
+    const Unit unit = unit_of(slot);
+    const int m_tile = m_tile_of(unit, rank);
+    RowTargets targets[kMathWarpgroups];
+#pragma unroll
+    for (int w = 0; w < kMathWarpgroups; ++w) {
+        targets[w] = row_targets(params, share_of<kGemm>(product, slot, rank, w));
+    }
+    const int working = store_unit<kGemm>(shared, product, slot, rank, position, laps,
+                                          [&](int w, const Share& share, int stage, const uint8_t* part) {
+                                              scatter_stage(ptx::smem_address(part), w == 0 ? targets[0] : targets[1],
+                                                            share.column + stage * 2 * kChunkColumns);
+                                          });
+    if (working == 0) return;
+    if (kGemm == Gemm::kDgrad1 && n_tile_of(unit, rank) == 0) {
+        for (int w = 0; w < working; ++w) push_dweights(params, share_of<kGemm>(product, slot, rank, w));
+    }
+    const int all = ceil_div(product.n_extent, kTileN) * warpgroups_of(slot.rows, m_tile);
+    count_pushed(params, slot.row_begin / kRowTile + m_tile, working, all);
+}
+
+}  // namespace megamoe

@@ -1,0 +1,142 @@
+// Sum role of the fused kernels: y (or dx) of a token is the sum of its combine slots, fp32, k ascending, rounded once.
+// Warps sweep over blocks of 32 tokens and take those whose slots are all filled.
+#pragma once
+#include "roles/combine.cuh"
+#include "roles/fused_params.cuh"
+
+namespace megamoe {
+
+constexpr int kMaxTopK = 16;
+
+// Bits of the kept slots of a token, and whether the rank that fills each has done so.
+struct TokenState {
+    unsigned kept;
+    bool filled;
+};
+
+__device__ __forceinline__ TokenState token_state(const FusedParams& params, int token, uint32_t epoch) {
+    const Peers& peers = params.peers;
+    const int local = params.experts / peers.ranks;
+    TokenState state{0, true};
+    for (int k = 0; k < params.top_k; ++k) {
+        const int flat = token * params.top_k + k;
+        const long long row = params.slot_of[flat];
+        if (row < 0) continue;
+        state.kept |= 1u << k;
+        const int owner = params.ids[flat] / local;
+        const uint32_t flag =
+            ptx::load_relaxed_sys(tile_flag(peers, peers.rank, owner, static_cast<int>(row / kRowTile)));
+        state.filled = state.filled && static_cast<int>(flag - epoch) >= 0;
+    }
+    return state;
+}
+
+// One token by a warp. kBatch: slots in flight per lane.
+template <int kBatch>
+__device__ __forceinline__ void sum_slots(const FusedParams& params, int token, unsigned kept) {
+    const Peers& peers = params.peers;
+    const int lane = threadIdx.x & 31;
+    const int64_t stride = peers.layout.shape.tokens * params.row_bytes;
+    const uint8_t* slots = combine_slot(peers, peers.rank, token, 0);
+    uint8_t* out = params.tokens_out + int64_t{token} * params.row_bytes;
+    for (int at = lane * 16; at < params.row_bytes; at += 512) {
+        float sum[8] = {};
+        for (int base = 0; base < params.top_k; base += kBatch) {
+            uint4 v[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const bool there = base + i < params.top_k && (kept >> (base + i) & 1);
+                v[i] = there ? ptx::load_v4_once(slots + (base + i) * stride + at) : uint4{0, 0, 0, 0};
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                if (base + i < params.top_k) add_bf16(sum, v[i], base + i == 0);
+            }
+        }
+        ptx::store_v4(out + at, round_bf16(sum));
+    }
+    if (params.dweights != nullptr && lane < params.top_k) {
+        const int flat = token * params.top_k + lane;
+        params.dweights[flat] = kept >> lane & 1 ? ptx::load_float(&slot_dweight(peers, peers.rank, flat)) : 0.0f;
+    }
+}
+
+// Takes the filled tokens of one block that no other warp has; returns how many it summed. Whole warp.
+template <int kBatch>
+__device__ __forceinline__ int sum_block(const FusedParams& params, int block, uint32_t epoch) {
+    const int lane = threadIdx.x & 31;
+    const int token = block * 32 + lane;
+    unsigned taken = *const_cast<volatile unsigned*>(params.counters.taken + block);
+    TokenState state{0, false};
+    if (token < params.tokens && !(taken >> lane & 1)) state = token_state(params, token, epoch);
+    unsigned mine = __ballot_sync(0xffffffffu, state.filled);
+    if (mine == 0) return 0;
+    if (lane == 0) taken = atomicOr(params.counters.taken + block, mine);
+    mine &= ~__shfl_sync(0xffffffffu, taken, 0);
+    // Flag -> slots: ld.relaxed.sys by a lane, fence.acq_rel.sys by the same; barrier; loads by all lanes.
+    if (state.filled) ptx::fence_acq_rel_sys();
+    random_delay();
+    __syncwarp();
+    for (unsigned rest = mine; rest != 0; rest &= rest - 1) {
+        const int i = __ffs(rest) - 1;
+        sum_slots<kBatch>(params, block * 32 + i, __shfl_sync(0xffffffffu, state.kept, i));
+    }
+    return __popc(mine);
+}
+
+// The first thing missing, for the record of a wait that failed: rank, or -1.
+__device__ __forceinline__ int missing_rank(const FusedParams& params, int token, uint32_t epoch) {
+    const Peers& peers = params.peers;
+    for (int k = 0; k < params.top_k; ++k) {
+        const long long row = params.slot_of[token * params.top_k + k];
+        if (row < 0) continue;
+        const int owner = params.ids[token * params.top_k + k] / (params.experts / peers.ranks);
+        const uint32_t flag =
+            ptx::load_relaxed_sys(tile_flag(peers, peers.rank, owner, static_cast<int>(row / kRowTile)));
+        if (static_cast<int>(flag - epoch) < 0) return owner;
+    }
+    return -1;
+}
+
+[[noreturn]] static __device__ __noinline__ void fail_sum(const FusedParams& params, Failure failure, uint32_t epoch,
+                                                          int summed) {
+    int peer = -1;
+    for (int token = 0; token < params.tokens && peer < 0; ++token) peer = missing_rank(params, token, epoch);
+    fail(params.peers, Waiting::kSlotsFilled, failure, peer, epoch_word(epoch), static_cast<uint64_t>(summed));
+}
+
+// Sweeps until all tokens are summed. Whole warp. Only after this rank's units have all been handed out or by warps
+// that no unit needs: a CTA that waited here for its own tiles would wait for ever.
+template <int kBatch>
+__device__ void sum_tokens(const FusedParams& params, uint64_t& seen) {
+    const Peers& peers = params.peers;
+    const int lane = threadIdx.x & 31;
+    const uint32_t epoch = static_cast<uint32_t>(state_word(peers, kStateOpEpoch));
+    const int blocks = ceil_div(params.tokens, 32);
+    // Whoever finishes has seen every peer start: none can be an operation behind.
+    wait_for_all_peers(peers, expected_ready(params), seen);
+    const unsigned long long start = ptx::global_nanoseconds();
+    // Every warp sweeps over all blocks; only where it begins depends on its place.
+    int block = blocks == 0 ? 0 : static_cast<int>((blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 37 % blocks);
+    for (int idle = 0;; block = block + 1 < blocks ? block + 1 : 0) {
+        const int summed = ptx::load_relaxed_gpu(params.counters.summed);
+        if (summed >= params.tokens) return;
+        const int count = sum_block<kBatch>(params, block, epoch);
+        if (count != 0) {
+            if (lane == 0) atomicAdd(params.counters.summed, count);
+            idle = 0;
+            continue;
+        }
+        if (++idle < 4) continue;
+        __nanosleep(1000);
+        if (lane != 0) continue;
+        if (ptx::load_relaxed_sys(words(peers, peers.rank, peers.layout.abort)) != 0) {
+            fail_sum(params, Failure::kAborted, epoch, summed);
+        }
+        if (ptx::global_nanoseconds() - start > peers.deadline.nanoseconds) {
+            fail_sum(params, Failure::kExpired, epoch, summed);
+        }
+    }
+}
+
+}  // namespace megamoe
