@@ -26,28 +26,29 @@ def agree(
     group: dist.ProcessGroup | None,
 ) -> Need:
     """The union over the ranks of what needs a gradient. Collective; raises ValueError on every rank alike."""
-    wants = [_wants(tensors) for tensors in ((x,), (weights,), fc1, fc2)]
+    wanted = [wants(tensors) for tensors in ((x,), (weights,), fc1, fc2)]
     if comm.size_of(group) == 1:
-        return Need(*wants)
+        return Need(*wanted)
     fields = {
-        "gradient mode": any(wants),
+        "gradient mode": any(wanted),
         "x dtype": FLOATS.index(x.dtype),
         "hidden size": x.shape[1],
         "intermediate size": fc2[0].shape[-1],
         "clamp": _bits(clamp),
         "recompute": RECOMPUTE.index(recompute),
     }
-    mine = torch.tensor([*wants, *fields.values()], dtype=torch.int64, device=x.device)
+    mine = torch.tensor([*wanted, *fields.values()], dtype=torch.int64, device=x.device)
     everyone = comm.gather(mine, group).tolist()
-    for number, name in enumerate(fields, start=len(wants)):
+    for number, name in enumerate(fields, start=len(wanted)):
         for rank, theirs in enumerate(everyone):
             if theirs[number] != everyone[0][number]:
                 got, first = _show(name, theirs[number]), _show(name, everyone[0][number])
                 raise ValueError(f"{name}: rank {rank} of the EP group has {got}, rank 0 has {first}; they must agree")
-    return Need(*(any(theirs[i] for theirs in everyone) for i in range(len(wants))))
+    return Need(*(any(theirs[i] for theirs in everyone) for i in range(len(wanted))))
 
 
-def _wants(tensors: tuple[Tensor, ...]) -> bool:
+def wants(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether autograd will ask for the gradient of any of them."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 

@@ -6,6 +6,7 @@ dispatched x, never a, never fc2's output. Every rank of the group must call bac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .backends import Backend
+from .backends import Backend, Plan
 from .plan import RoutingPlan
 
 
@@ -44,7 +45,7 @@ class Call:
     """Everything of one call that is no differentiable input."""
 
     backend: Backend
-    plan: RoutingPlan
+    plan: Plan
     group: dist.ProcessGroup | None
     clamp: float | None
     recompute: str | None  # None | "fc1"
@@ -65,7 +66,7 @@ class MoE(torch.autograd.Function):
     def forward(ctx, call: Call, x: Tensor, weights: Tensor, *experts: Tensor) -> Tensor:
         fc1, fc2 = per_expert(experts[: call.num_fc1]), per_expert(experts[call.num_fc1 :])
         y, h = call.backend.forward(x, call.plan, weights, fc1, fc2, clamp=call.clamp, group=call.group)
-        ctx.call = call
+        ctx.call, ctx.spent = call, False
         # The sink knows a parameter by identity (main_grad hangs on it); saved-tensor hooks may hand back a copy.
         ctx.experts = experts
         ctx.save_for_backward(x, weights, None if call.recompute else h, *experts)
@@ -75,31 +76,64 @@ class MoE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         call: Call = ctx.call
+        if ctx.spent and call.backend.backward_once:
+            raise RuntimeError(
+                f"megamoe: backward of this forward has run already, and the {call.backend.name} backend runs it once: "
+                "every rank of the group must call it as often. Call forward again"
+            )
+        ctx.spent = True
         x, weights, h, *experts = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        buffers = [_Buffer(call.sink, w) if want else None for w, want in zip(ctx.experts, wanted, strict=True)]
         n = call.num_fc1
+        first, second = (
+            _buffers(call.sink, ctx.experts[:n], wanted[:n]),
+            _buffers(call.sink, ctx.experts[n:], wanted[n:]),
+        )
         grads = call.backend.backward(
             dy, x, h, call.plan, weights, per_expert(experts[:n]), per_expert(experts[n:]),
             clamp=call.clamp, group=call.group, need=call.need,
-            dfc1=_targets(ctx.experts[:n], buffers[:n]), dfc2=_targets(ctx.experts[n:], buffers[n:]),
+            dfc1=_targets(ctx.experts[:n], first), dfc2=_targets(ctx.experts[n:], second),
+            overwrite=(_nothing_yet(first), _nothing_yet(second)),
         )  # fmt: skip
         dx = grads.dx if ctx.needs_input_grad[1] else None
         dweights = grads.dweights.to(weights.dtype) if ctx.needs_input_grad[2] else None
-        return None, dx, dweights, *[None if b is None else b.finish() for b in buffers]
+        return None, dx, dweights, *[None if b is None else b.finish() for b in first + second]
 
 
 class _Buffer:
-    """The tensor one weight's gradient is added to: the sink's, or a fresh one of zeros."""
+    """The tensor one weight's gradient goes to: the sink's, which is added to, or a fresh one."""
 
     def __init__(self, sink: WeightGradSink, weight: Tensor):
-        self.sink, self.weight = sink, weight
-        given = sink.buffer(weight)
-        self.fresh = torch.zeros_like(weight, dtype=reference.wide(weight.dtype)) if given is None else None
-        self.tensor = self.fresh if given is None else given
+        self.sink, self.weight, self.given = sink, weight, sink.buffer(weight)
+        self.fresh: Tensor | None = None
+
+    def make(self, fill: Callable[..., Tensor]) -> None:
+        if self.given is None:
+            self.fresh = fill(
+                self.weight, dtype=reference.wide(self.weight.dtype), memory_format=torch.contiguous_format
+            )
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.fresh if self.given is None else self.given
 
     def finish(self) -> Tensor | None:
         return self.sink.finish(self.weight, self.fresh)
+
+
+def _buffers(sink: WeightGradSink, weights: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> list[_Buffer | None]:
+    """Buffers of fc1 or of fc2; None where no gradient is wanted. Fresh ones are zero unless all can be written."""
+    buffers = [_Buffer(sink, weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
+    fill = torch.empty_like if _nothing_yet(buffers) else torch.zeros_like
+    for buffer in buffers:
+        if buffer is not None:
+            buffer.make(fill)
+    return buffers
+
+
+def _nothing_yet(buffers: list[_Buffer | None]) -> bool:
+    """True where no sink's buffer is among them: backward writes instead of adding."""
+    return all(buffer is None or buffer.given is None for buffer in buffers)
 
 
 def _targets(weights: tuple[Tensor, ...], buffers: list[_Buffer | None]) -> list[Tensor | None]:

@@ -6,49 +6,107 @@ reference by itself: it says what is missing, and that backend="reference" exist
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import extension, reference
+from . import agreement, extension, reference
 from .config import BACKENDS, check_choice
-from .plan import RoutingPlan
+from .plan import RoutingPlan, build_plan
 
 
 class BackendUnavailable(RuntimeError):
     """The backend asked for cannot serve these tensors; the message says what is missing and what to do."""
 
 
+@runtime_checkable
+class Plan(Protocol):
+    """A routing as a backend planned it: plan.RoutingPlan or fused_plan.FusedPlan."""
+
+    rank: int
+    ep_size: int
+    num_experts: int
+    num_tokens: int
+    top_k: int
+    topk_ids: Tensor  # [T, K]
+
+    def to_routing_plan(self) -> RoutingPlan: ...
+
+
 class Backend(Protocol):
-    """The two passes, with the signatures of reference.forward and reference.backward."""
+    """One call: `check`, then `plan` or `accept`, then `need`, `forward` and, for every forward, `backward`."""
 
     name: str
+    backward_once: bool  # a second backward of one forward is refused
+
+    def check(
+        self, x: Tensor, topk_ids: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...],
+        *, clamp: float | None,
+    ) -> None: ...  # fmt: skip
+
+    def plan(
+        self, topk_ids: Tensor, num_experts: int, group: dist.ProcessGroup | None, workspace: object | None,
+        *, hidden_size: int,
+    ) -> Plan: ...  # fmt: skip
+
+    def accept(
+        self, plan: object, topk_ids: Tensor, num_experts: int, group: dist.ProcessGroup | None,
+        workspace: object | None, *, hidden_size: int,
+    ) -> Plan: ...  # fmt: skip
+
+    def need(
+        self, x: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...],
+        *, clamp: float | None, recompute: str | None, group: dist.ProcessGroup | None,
+    ) -> reference.Need: ...  # fmt: skip
 
     def forward(
-        self, x: Tensor, plan: RoutingPlan, weights: Tensor, fc1: list[Tensor], fc2: list[Tensor],
+        self, x: Tensor, plan: Plan, weights: Tensor, fc1: list[Tensor], fc2: list[Tensor],
         *, clamp: float | None, group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def backward(
-        self, dy: Tensor, x: Tensor, h: Tensor | None, plan: RoutingPlan, weights: Tensor,
+        self, dy: Tensor, x: Tensor, h: Tensor | None, plan: Plan, weights: Tensor,
         fc1: list[Tensor], fc2: list[Tensor], *, clamp: float | None, group: dist.ProcessGroup | None,
         need: reference.Need, dfc1: list[Tensor | None] | None, dfc2: list[Tensor | None] | None,
+        overwrite: tuple[bool, bool],
     ) -> reference.Grads: ...  # fmt: skip
 
 
 class ReferenceBackend:
-    """reference.py, looked up at each call."""
+    """reference.py, looked up at each call; the ranks compare by collectives what has to be equal."""
 
     name = "reference"
+    backward_once = False
+
+    def check(self, x: Tensor, *_, clamp: float | None) -> None:
+        """It takes whatever checks.check_call takes."""
+
+    def plan(self, topk_ids, num_experts, group, workspace, *, hidden_size: int) -> RoutingPlan:
+        self._no(workspace)
+        return build_plan(topk_ids, num_experts, group=group)
+
+    def accept(self, plan, topk_ids, num_experts, group, workspace, *, hidden_size: int) -> RoutingPlan:
+        """A plan that the caller has; one of the fused backend is read from the device."""
+        self._no(workspace)
+        return plan if isinstance(plan, RoutingPlan) else plan.to_routing_plan()
+
+    def need(self, *args, **kwargs) -> reference.Need:
+        return agreement.agree(*args, **kwargs)
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return reference.forward(*args, **kwargs)
 
     def backward(self, *args, **kwargs) -> reference.Grads:
         return reference.backward(*args, **kwargs)
+
+    @staticmethod
+    def _no(workspace: object | None) -> None:
+        if workspace is not None:
+            raise ValueError(f"workspace: got {type(workspace).__name__}; allowed: None with the reference backend")
 
 
 _BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend()}
@@ -83,10 +141,21 @@ def choose(backend: str, device_type: str) -> Choice:
         return Choice(
             None, f'backend="fused" runs on CUDA tensors, not on {device_type}; use backend="reference" there'
         )
-    if "fused" in _BACKENDS:
+    if "fused" in _BACKENDS or _load_fused():
         return Choice("fused", "the CUDA extension is loaded and serves CUDA tensors")
     advice = '`python -m megamoe_train.doctor` shows more; backend="reference" (plain torch, slow) runs if asked for'
     return Choice(None, f'backend="{backend}" on CUDA tensors: {extension.fused_missing()}; {advice}')
+
+
+def _load_fused() -> bool:
+    """Registers the fused backend where the extension is built with its kernels and a CUDA device is there."""
+    here = extension.built_files() and torch.cuda.is_available()
+    if not here or importlib.util.find_spec(f"{__package__}.ops_fused") is None:
+        return False
+    from .fused import FusedBackend
+
+    register(FusedBackend())
+    return True
 
 
 def resolve(backend: str, *tensors: Tensor) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, autograd, backends, checks, comm
+from . import autograd, backends, checks, comm
 from .config import RECOMPUTE, check_choice, check_clamp
-from .plan import RoutingPlan, build_plan
 
 
 def moe(
@@ -23,7 +22,7 @@ def moe(
     group: dist.ProcessGroup | None = None,
     workspace: object | None = None,
     backend: str = "auto",
-    plan: RoutingPlan | None = None,
+    plan: backends.Plan | None = None,
     recompute: str | None = None,
     wgrad_sink: autograd.WeightGradSink | None = None,
 ) -> Tensor:
@@ -37,9 +36,10 @@ def moe(
         fc2: `[L, H, I]` or L tensors `[H, I]`.
         clamp: SwiGLU clamp c (DeepSeek-V4: 10); None = off.
         group: the expert-parallel group; None = one rank.
-        workspace: symmetric buffers of the fused backend; the reference takes none.
+        workspace: the group's `Workspace` for the fused backend, made once by all ranks together; None with one rank:
+            one that such calls share. The reference takes none.
         backend: "auto" | "fused" | "reference" (see backends.py).
-        plan: `build_plan(topk_ids, E, group=group)` if the caller has it already; else it is built here.
+        plan: the plan of these topk_ids (and this workspace) if the caller has it already, of either backend.
         recompute: "fc1" keeps no h for backward but dispatches x and runs fc1 again, with the same bits.
         wgrad_sink: takes the experts' weight gradients instead of autograd (see autograd.WeightGradSink).
 
@@ -51,31 +51,33 @@ def moe(
     Raises:
         ValueError: an argument is not allowed, or differs between ranks where it may not (then on every rank).
         backends.BackendUnavailable: the backend cannot run on these tensors here.
+        watchdog.MegaMoETimeout: a rank has not come, or has failed (fused). The process has to be restarted.
     """
     check_clamp(clamp)
     check_choice("recompute", recompute, RECOMPUTE)
     fc1, fc2 = checks.as_tuple("fc1", fc1), checks.as_tuple("fc2", fc2)
     checks.check_call(x, topk_ids, topk_weights, fc1, fc2)
-    name = backends.resolve(backend, x)
-    if workspace is not None and name == "reference":
-        raise ValueError(f"workspace: got {type(workspace).__name__}; allowed: None with the reference backend")
+    chosen = backends.get(backends.resolve(backend, x))
+    chosen.check(x, topk_ids, topk_weights, fc1, fc2, clamp=clamp)
     num_experts = checks.num_experts_of(fc1) * comm.size_of(group)
+    where = topk_ids, num_experts, group, workspace
     if plan is None:
-        plan = build_plan(topk_ids, num_experts, group=group)
+        plan = chosen.plan(*where, hidden_size=x.shape[1])
     else:
         _check_plan(plan, topk_ids, num_experts, group)
-    need = agreement.agree(x, topk_weights, fc1, fc2, clamp=clamp, recompute=recompute, group=group)
+        plan = chosen.accept(plan, *where, hidden_size=x.shape[1])
+    need = chosen.need(x, topk_weights, fc1, fc2, clamp=clamp, recompute=recompute, group=group)
     sink = autograd.ReturnGrads() if wgrad_sink is None else wgrad_sink
-    call = autograd.Call(backends.get(name), plan, group, clamp, recompute, sink, need, num_fc1=len(fc1))
+    call = autograd.Call(chosen, plan, group, clamp, recompute, sink, need, num_fc1=len(fc1))
     return autograd.MoE.apply(call, x, topk_weights, *fc1, *fc2)
 
 
-def _check_plan(plan: RoutingPlan, topk_ids: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> None:
+def _check_plan(plan: backends.Plan, topk_ids: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> None:
     """A given plan must be one of this call's shape; whose routing it is, the caller knows."""
     got = (plan.rank, plan.ep_size, plan.num_experts, plan.num_tokens, plan.top_k)
     want = (comm.rank_in(group), comm.size_of(group), num_experts, *topk_ids.shape)
     for field, mine, theirs in zip(("rank", "ep_size", "num_experts", "num_tokens", "top_k"), got, want, strict=True):
         if mine != theirs:
             raise ValueError(f"plan: got {field} = {mine}; allowed: {theirs}, that of this call")
-    if plan.slot_of.device != topk_ids.device:
-        raise ValueError(f"plan: got device {plan.slot_of.device}; allowed: {topk_ids.device}, where topk_ids is")
+    if plan.topk_ids.device != topk_ids.device:
+        raise ValueError(f"plan: got device {plan.topk_ids.device}; allowed: {topk_ids.device}, where topk_ids is")

@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import comm
+from . import backends, comm
 from .config import MegaMoEConfig
 from .functional import moe
+from .ops import DEFAULT_DEADLINE_S
+from .workspace import Shape, Workspace
 
 
 class MegaMoE(nn.Module):
@@ -20,7 +22,12 @@ class MegaMoE(nn.Module):
     Initialised from N(0, 1/fan_in), each expert from its own seed, drawn from torch's default generator and the global
     expert number: with equal seeds on all ranks, expert e starts equal whatever the size of the group.
 
-    Raises ValueError where the config is not allowed or its ep_size is not the size of `group`.
+    tokens: the most tokens a rank brings to one call. On CUDA with the fused backend, a group meets in a `Workspace` of
+    that size here (collective, so that no forward has to), which `close()` gives back; one rank makes its own if
+    `tokens` is given, and else takes a shared one. Nothing else reads it. deadline_s: seconds that a wait in a kernel
+    may last.
+
+    Raises ValueError where the config is not allowed, its ep_size is not the size of `group`, or `tokens` is missing.
     """
 
     def __init__(
@@ -30,6 +37,8 @@ class MegaMoE(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        tokens: int | None = None,
+        deadline_s: float = DEFAULT_DEADLINE_S,
     ):
         super().__init__()
         config.validate()
@@ -41,6 +50,23 @@ class MegaMoE(nn.Module):
         self.fc1 = nn.Parameter(torch.empty(experts, 2 * inner, hidden, device=device, dtype=dtype))
         self.fc2 = nn.Parameter(torch.empty(experts, hidden, inner, device=device, dtype=dtype))
         self.reset_parameters()
+        self.workspace = self._make_workspace(tokens, deadline_s)
+
+    def _make_workspace(self, tokens: int | None, deadline_s: float) -> Workspace | None:
+        config, device = self.config, self.fc1.device
+        if backends.choose(config.backend, device.type).name != "fused":
+            return None
+        if tokens is None and config.ep_size > 1:
+            raise ValueError("tokens: got None; allowed: the most tokens a rank brings to one call, for the workspace")
+        if tokens is None:
+            return None
+        shape = Shape.of(config, tokens)
+        return Workspace.create(shape, group=self.group, device=device, deadline_s=deadline_s)
+
+    def close(self) -> None:
+        """Gives the workspace back, if there is one. Collective over the group; no forward or backward may follow."""
+        if self.workspace is not None:
+            self.workspace.close()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -61,7 +87,7 @@ class MegaMoE(nn.Module):
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; allowed: [T, {width}], as in the config")
         return moe(
             x, topk_ids, topk_weights, self.fc1, self.fc2, clamp=config.clamp, group=self.group,
-            backend=config.backend, recompute=config.recompute,
+            workspace=self.workspace, backend=config.backend, recompute=config.recompute,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

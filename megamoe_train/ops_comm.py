@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .plan import ROW_TILE, RoutingPlan
-from .workspace import Workspace
+from .workspace import Shape, Workspace
 
 MAX_ROWS = 2**31 - 1
 
@@ -58,6 +58,7 @@ class DevicePlan:
     expert_rows: Tensor  # [L] int32
     expert_offset: Tensor  # [L+1] int32
     source_of: Tensor | None  # [capacity] int64; rows from M on are not written
+    rows: int | None = None  # M, once `settle` has read the verdict
 
     @property
     def tokens(self) -> int:
@@ -71,15 +72,10 @@ class DevicePlan:
 
     def settle(self) -> int:
         """M of this rank, after `wait`. Raises ValueError for a bad id and RowOverflow, alike on every rank."""
-        self.wait()
-        _, code, rank, position, value, rows, most, _ = self.status.tolist()
-        if code == PlanCode.BAD_ID:
-            experts, top_k = self.workspace.shape.experts, self.workspace.shape.top_k
-            where = f"rank {rank}, token {position // top_k}, k = {position % top_k}"
-            raise ValueError(f"topk_ids: got expert {value} at {where}; allowed: -1 (dropped) and 0..{experts - 1}")
-        if code == PlanCode.OVERFLOW:
-            raise RowOverflow(f"row capacity: rank {rank} has room for {value} rows; this routing needs up to {most}")
-        return rows
+        if self.rows is None:  # read once: the workspace uses the pinned words again
+            self.wait()
+            self.rows = read_verdict(self.status, self.workspace.shape)
+        return self.rows
 
     def to_routing_plan(self) -> RoutingPlan:
         """The same plan as plan.py's, from what the kernels wrote. Synchronises."""
@@ -97,6 +93,17 @@ class DevicePlan:
             expert_offset=self.expert_offset.cpu().long(),
             source_of=self.source_of[:rows],
         )
+
+
+def read_verdict(status: Tensor, shape: Shape) -> int:
+    """M of this rank from a verdict that the device has written. Raises what `settle` raises."""
+    _, code, rank, position, value, rows, most, _ = status.tolist()
+    if code == PlanCode.BAD_ID:
+        where = f"rank {rank}, token {position // shape.top_k}, k = {position % shape.top_k}"
+        raise ValueError(f"topk_ids: got expert {value} at {where}; allowed: -1 (dropped) and 0..{shape.experts - 1}")
+    if code == PlanCode.OVERFLOW:
+        raise RowOverflow(f"row capacity: rank {rank} has room for {value} rows; this routing needs up to {most}")
+    return rows
 
 
 def round_capacity(rows: int) -> int:

@@ -43,6 +43,10 @@ class RoutingPlan:
     expert_offset: Tensor  # [L+1] int64, first row of each local expert's segment; the last one is M
     source_of: Tensor  # [M] int64, source rank << 40 | t * K + k; -1 = padding
 
+    def to_routing_plan(self) -> RoutingPlan:
+        """Itself: what a plan of any backend can be turned into."""
+        return self
+
     @property
     def num_local_experts(self) -> int:
         return self.num_experts // self.ep_size

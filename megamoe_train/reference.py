@@ -200,12 +200,18 @@ def backward(
     need: Need = Need(),
     dfc1: list[Tensor | None] | None = None,
     dfc2: list[Tensor | None] | None = None,
+    overwrite: tuple[bool, bool] = (False, False),
 ) -> Grads:
     """Gradients for dy `[T,H]`. Collective: every rank calls it once for every forward, with the same `need`.
 
     h: what forward returned, or None to compute it again (the same bits). dfc1, dfc2: buffers of the wide type, one
     per local expert, that are added to (None in a list: no gradient for that expert); else fresh ones are returned.
+    overwrite: the buffers of dfc1, of dfc2 hold nothing yet and are written instead.
     """
+    for buffers, nothing_yet in zip((dfc1, dfc2), overwrite, strict=True):
+        for buffer in buffers if nothing_yet and buffers else ():
+            if buffer is not None:
+                buffer.zero_()
     if need.fc1:
         dfc1 = _zeros_like(fc1) if dfc1 is None else dfc1
     if need.fc2:

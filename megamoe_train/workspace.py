@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import comm, extension, ops, versions, watchdog
-from .config import HIDDEN_MULTIPLE, MAX_TOP_K, MegaMoEConfig
+from .config import HIDDEN_MULTIPLE, MAX_TOP_K, MegaMoEConfig, check_choice
 from .plan import ROW_TILE
 
 ALIGNMENT = 1024
@@ -24,8 +24,9 @@ STATE_WORDS = 2 + STAGING_BUFFERS
 HEADER_INTS = 8
 MAX_RANKS = 64
 MAX_EXPERTS = 1024
-STATUS_SLOTS = 64  # plans whose verdict the host has not read yet
+STATUS_SLOTS = 1024  # plans whose verdict the host has not read yet
 STATUS_INTS = 8
+SIZINGS = ("high_water", "fixed", "exact")
 LAYOUT_VERSION = 2  # to be raised with any change of csrc/layout/workspace.cuh
 
 
@@ -122,9 +123,9 @@ def bytes_needed(config: MegaMoEConfig, tokens: int) -> int:
     return layout_of(shape).bytes
 
 
-def check_agreement(shape: Shape, group: dist.ProcessGroup | None, device: torch.device) -> None:
+def check_agreement(shape: Shape, group: dist.ProcessGroup | None, device: torch.device, **more: int) -> None:
     """Collective. Raises the same ValueError on every rank, naming rank and field, where the ranks differ."""
-    mine = {field.name: getattr(shape, field.name) for field in fields(shape)}
+    mine = {field.name: getattr(shape, field.name) for field in fields(shape)} | more
     mine |= {"layout version": LAYOUT_VERSION, "torch version": _number(torch.__version__)}
     mine |= {"package version": _number(versions.__version__)}
     everyone = comm.gather(torch.tensor(list(mine.values()), dtype=torch.int64, device=device), group).tolist()
@@ -156,9 +157,13 @@ class Workspace:
         self.group: dist.ProcessGroup | None = None
         self.closed = False
         self.guard = watchdog.Guard(rank, pinned=memory.is_cuda)
+        self.sizing, self.capacity = "high_water", 0  # how many rows pools are allocated for; see create
         self.high_water = 0  # rows that pools are allocated for
+        self.most_rows = 0  # M of the largest load so far
         self.statuses = torch.zeros(STATUS_SLOTS, STATUS_INTS, dtype=torch.int64, pin_memory=memory.is_cuda)
         self.plans = 0
+        self.kept_slots: set[int] = set()  # statuses that captured graphs write again at every replay
+        self.unread: list[tuple[Tensor, bool]] = []  # statuses nobody waits for, and whether a graph has captured them
         self.handle = torch.tensor(
             [
                 bases.data_ptr(), rank, shape.ranks, shape.experts, shape.top_k, shape.hidden, shape.tokens,
@@ -171,14 +176,27 @@ class Workspace:
     @classmethod
     def create(
         cls, shape: Shape, *, group: dist.ProcessGroup | None = None, device: torch.device | str = "cuda",
-        deadline_s: float = ops.DEFAULT_DEADLINE_S,
+        deadline_s: float = ops.DEFAULT_DEADLINE_S, sizing: str = "high_water", capacity: int = 0,
     ) -> Workspace:  # fmt: skip
         """Allocates and, with a group, meets the peers. Collective over `group`.
+
+        Rows of a rank's experts have no bound but memory; `sizing` says how many each call allocates room for:
+        "high_water": as many as the largest load so far needed, and a little more. A larger one is found on the
+        device, skipped by all ranks, and launched again. "fixed": `capacity` rows. The host reads nothing, so that
+        CUDA graphs can capture the call; too small is an error (`check_workspace` raises it, or the next call).
+        "exact": the host waits for the counts before it allocates and launches.
 
         Raises ValueError on every rank alike for ranks that disagree on the shape or on versions.
         """
         device = torch.device(device)
-        check_agreement(shape, group, device)
+        check_sizing(sizing, capacity)
+        check_agreement(shape, group, device, sizing=SIZINGS.index(sizing), capacity=capacity)
+        workspace = cls._meet(shape, group, device, deadline_s)
+        workspace.sizing, workspace.capacity = sizing, capacity
+        return workspace
+
+    @classmethod
+    def _meet(cls, shape: Shape, group: dist.ProcessGroup | None, device: torch.device, deadline_s: float) -> Workspace:
         if comm.size_of(group) != shape.ranks:
             raise ValueError(f"ranks: got {shape.ranks}; allowed: the size of the group, {comm.size_of(group)}")
         shape.validate()
@@ -214,11 +232,15 @@ class Workspace:
         return self.memory[begin:].view(dtype)[: int(torch.Size(size).numel())].view(size)
 
     def next_status(self) -> Tensor:
-        """int64 [8] of pinned host memory for the verdict of the next plan, zeroed; used again 64 plans later."""
-        status = self.statuses[self.plans % STATUS_SLOTS]
-        self.plans += 1
-        status.zero_()
-        return status
+        """int64 [8] of pinned host memory for the verdict of the next plan, zeroed; used again 1024 plans later."""
+        if len(self.kept_slots) == STATUS_SLOTS:
+            raise RuntimeError(f"workspace: captured graphs hold all {STATUS_SLOTS} verdicts; capture with another one")
+        while self.plans % STATUS_SLOTS in self.kept_slots:
+            self.plans += 1
+        slot, self.plans = self.plans % STATUS_SLOTS, self.plans + 1
+        if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.kept_slots.add(slot)
+        return self.statuses[slot].zero_()
 
     def abort(self) -> None:
         """This rank's host has failed: every wait of every rank ends at once. Nothing works afterwards."""
@@ -235,6 +257,14 @@ class Workspace:
             dist.barrier(self.group)
         self.guard.stop()
         self.memory = self.bases = self.owner = None
+
+
+def check_sizing(sizing: str, capacity: int) -> None:
+    """Raises ValueError naming the field, its value and what is allowed."""
+    check_choice("sizing", sizing, SIZINGS)
+    if (capacity > 0) != (sizing == "fixed") or capacity % ROW_TILE:
+        allowed = f'with sizing="fixed" a multiple of {ROW_TILE} above 0, else 0'
+        raise ValueError(f"capacity: got {capacity} with sizing={sizing!r}; allowed: {allowed}")
 
 
 def _addresses(pointers: Sequence[int], device: torch.device) -> Tensor:

@@ -86,5 +86,5 @@ def test_moe_calls_the_backend_it_resolved(registry):
     moe(x.requires_grad_(), ids, weights, fc1, fc2).backward(dy)
     assert calls == [
         ("forward", ["clamp", "group"]),
-        ("backward", ["clamp", "dfc1", "dfc2", "group", "need"]),
+        ("backward", ["clamp", "dfc1", "dfc2", "group", "need", "overwrite"]),
     ]

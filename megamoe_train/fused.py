@@ -1,0 +1,224 @@
+"""The fused backend: one kernel forward, one backward, on CUDA tensors of any group whose ranks share a Workspace.
+
+Nothing here is a collective of torch.distributed, and the host reads one pinned word per forward (none in the fixed
+mode): ids and whether all rows fit are judged on the device. Letters as in plan.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import ops, ops_fused, reference
+from .agreement import wants
+from .config import HIDDEN_MULTIPLE, INTERMEDIATE_MULTIPLE, MAX_TOP_K
+from .fused_plan import FusedPlan, workspace_for
+from .launch_order import in_order
+from .ops_comm import DevicePlan
+from .plan import RoutingPlan
+from .watchdog import MegaMoETimeout
+from .workspace import Workspace
+
+ALIGNMENT = 16  # bytes, of every row that a bulk copy moves and every matrix that a tensor map describes
+CACHED_LAYERS = 1024
+CACHED_GRADIENTS = 512
+Entry = TypeVar("Entry")
+Group = dist.ProcessGroup | None
+
+
+class _Recent:
+    """The most recently used tables of device memory, each made once and kept while it is good."""
+
+    def __init__(self, most: int):
+        self.most, self.entries = most, OrderedDict()
+        self.captured: list = []  # a graph reads its tables at every replay: these are never freed
+
+    def get(self, key: Hashable, good: Callable[[Entry], bool], make: Callable[[], Entry]) -> Entry:
+        capturing = torch.cuda.is_current_stream_capturing()
+        entry, stream = self.entries.get(key, (None, None))
+        if entry is None or not good(entry):
+            if capturing:
+                raise RuntimeError(
+                    "tensor maps of weights or gradients would have to be made while a CUDA graph is captured: call "
+                    "once before capturing, with the same weights, and with a wgrad_sink whose buffers stay"
+                )
+            entry, stream = make(), torch.cuda.current_stream()
+            self.entries[key] = entry, stream
+        elif capturing:
+            self.captured.append(entry)
+        elif stream != torch.cuda.current_stream():  # its memory may be given out again only after this use
+            for value in vars(entry).values():
+                if isinstance(value, Tensor):
+                    value.record_stream(torch.cuda.current_stream())
+        self.entries.move_to_end(key)
+        if len(self.entries) > self.most:
+            self.entries.popitem(last=False)
+        return entry
+
+
+class FusedBackend:
+    """backends.Backend on the kernels of ops_fused."""
+
+    name = "fused"
+    backward_once = True
+
+    def __init__(self):
+        self._maps, self._tables = _Recent(CACHED_LAYERS), _Recent(CACHED_GRADIENTS)
+
+    def check(
+        self, x: Tensor, topk_ids: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...],
+        *, clamp: float | None,
+    ) -> None:  # fmt: skip
+        """What the kernels take. Raises ValueError."""
+        inner, (hidden, top_k) = fc2[0].shape[-1], (x.shape[1], topk_ids.shape[1])
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f'x: got dtype {x.dtype}; allowed: torch.bfloat16 (any float with backend="reference")')
+        for name, value, multiple in (("H", hidden, HIDDEN_MULTIPLE), ("I", inner, INTERMEDIATE_MULTIPLE)):
+            if value == 0 or value % multiple:
+                allowed = f'a multiple of {multiple} (any with backend="reference")'
+                raise ValueError(f"{name}: got {value}; allowed: {allowed}")
+        if not 1 <= top_k <= MAX_TOP_K:
+            raise ValueError(f'top_k: got {top_k}; allowed: 1..{MAX_TOP_K} (any with backend="reference")')
+        if topk_ids.dtype not in (torch.int16, torch.int32, torch.int64):
+            raise ValueError(f"topk_ids: got dtype {topk_ids.dtype}; allowed: int16, int32, int64")
+        if clamp is not None and float(torch.tensor(clamp, dtype=torch.float64).bfloat16()) != clamp:
+            raise ValueError(f"clamp: got {clamp}; allowed: None or a number that bf16 holds exactly, as h is bf16")
+        for name, experts in (("fc1", fc1), ("fc2", fc2)):
+            for number, expert in enumerate(experts):
+                if not expert.is_contiguous() or expert.data_ptr() % ALIGNMENT:
+                    where = name if expert.dim() == 3 else f"{name}[{number}]"
+                    got = f"strides {tuple(expert.stride())} at address {expert.data_ptr():#x}"
+                    raise ValueError(f"{where}: got {got}; allowed: contiguous, {ALIGNMENT}-byte aligned")
+
+    def plan(
+        self, topk_ids: Tensor, num_experts: int, group: Group, workspace: Workspace | None, *, hidden_size: int
+    ) -> FusedPlan:
+        """Collective over the group of the workspace. workspace None: with one rank, a shared one."""
+        return FusedPlan.build(workspace_for(workspace, topk_ids, num_experts, hidden_size, group), topk_ids)
+
+    def accept(
+        self, plan: FusedPlan | RoutingPlan, topk_ids: Tensor, num_experts: int, group: Group,
+        workspace: Workspace | None, *, hidden_size: int,
+    ) -> FusedPlan:  # fmt: skip
+        """A plan that the caller has. A RoutingPlan is built again on the device, from its ids."""
+        if isinstance(plan, RoutingPlan):
+            return self.plan(plan.topk_ids, num_experts, group, workspace, hidden_size=hidden_size)
+        if workspace is not None and workspace is not plan.workspace:
+            raise ValueError("workspace: got another one than the plan's; allowed: None or that one")
+        workspace_for(plan.workspace, topk_ids, num_experts, hidden_size, group)
+        return plan
+
+    def need(self, x: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...], **_) -> reference.Need:
+        """What this rank wants: rows travel whatever the others want."""
+        return reference.Need(*(wants(tensors) for tensors in ((x,), (weights,), fc1, fc2)))
+
+    def forward(
+        self, x: Tensor, plan: FusedPlan, weights: Tensor, fc1: list[Tensor], fc2: list[Tensor],
+        *, clamp: float | None, group: Group,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """y `[T,H]`, h `[capacity,2I]`, of which the plan's M rows are written."""
+        maps, x, p = self._maps_of(fc1, fc2), _rows(x), _fp32(weights)
+
+        def launch(device_plan: DevicePlan) -> tuple[Tensor, Tensor]:
+            with _launching(plan.workspace):
+                return ops_fused.forward(device_plan, x, p, maps, clamp=clamp)
+
+        with plan.workspace.guard.watch(), in_order(x.device):
+            return plan.run(launch)
+
+    def backward(
+        self, dy: Tensor, x: Tensor, h: Tensor | None, plan: FusedPlan, weights: Tensor,
+        fc1: list[Tensor], fc2: list[Tensor], *, clamp: float | None, group: Group, need: reference.Need,
+        dfc1: list[Tensor | None] | None, dfc2: list[Tensor | None] | None, overwrite: tuple[bool, bool],
+    ) -> reference.Grads:  # fmt: skip
+        """Gradients into dfc1, dfc2 where any is wanted; `overwrite`: they hold nothing yet."""
+        maps, x, dy, p = self._maps_of(fc1, fc2), _rows(x), _rows(dy.to(x.dtype)), _fp32(weights)
+        device_plan = plan.device_plan
+        first = _Targets(dfc1 if need.fc1 else None, fc1, overwrite[0])
+        second = _Targets(dfc2 if need.fc2 else None, fc2, overwrite[1])
+        tables = self._table_of(first), self._table_of(second)
+        with plan.workspace.guard.watch(), in_order(x.device), _launching(plan.workspace):
+            if h is None:
+                h = ops_fused.fc1_again(device_plan, x, p, maps)
+            dx, dweights = ops_fused.backward(
+                device_plan, dy, x, h, p, maps, *tables,
+                clamp=clamp, accumulate1=first.accumulate, accumulate2=second.accumulate,
+            )  # fmt: skip
+        first.deliver()
+        second.deliver()
+        return reference.Grads(
+            dx=dx if need.x else None,
+            dweights=dweights if need.weights else None,
+            dfc1=dfc1 if need.fc1 else None,
+            dfc2=dfc2 if need.fc2 else None,
+        )
+
+    def _maps_of(self, fc1: list[Tensor], fc2: list[Tensor]) -> ops_fused.WeightMaps:
+        """A layer's tensor maps, made again where any of its weights has moved."""
+        key = (fc1[0].data_ptr(), fc2[0].data_ptr(), len(fc1), fc1[0].shape)
+        return self._maps.get(key, lambda maps: maps.matches(fc1, fc2), lambda: ops_fused.WeightMaps.of(fc1, fc2))
+
+    def _table_of(self, targets: _Targets) -> ops.GradientTable | None:
+        if targets.buffers is None:
+            return None
+        some = targets.buffers[0]
+        key = (some.shape, *(buffer.data_ptr() for buffer in targets.buffers))
+        return self._tables.get(key, lambda table: True, lambda: ops.GradientTable.of(targets.buffers))
+
+
+class _Targets:
+    """The buffers of one weight kind that the kernel writes: those given, or stand-ins where it cannot write them."""
+
+    def __init__(self, given: list[Tensor | None] | None, weights: list[Tensor], overwrite: bool):
+        self.accumulate = not overwrite
+        self.stand_ins: list[tuple[Tensor, Tensor]] = []  # (given, what was written in its place)
+        self.buffers: list[Tensor] | None = None
+        if given is None or all(buffer is None for buffer in given):
+            return
+        spare = None  # takes the gradients of frozen experts, which nobody reads
+        self.buffers = []
+        for buffer, weight in zip(given, weights, strict=True):
+            if buffer is None:
+                spare = torch.empty(weight.shape, device=weight.device) if spare is None else spare
+                self.buffers.append(spare)
+            elif buffer.is_contiguous() and buffer.data_ptr() % ALIGNMENT == 0:
+                self.buffers.append(buffer)
+            else:
+                # TMA writes neither strided nor unaligned matrices: a fresh one takes the gradient of this call and
+                # is added (or copied) afterwards, at the price of its memory and one more pass over it.
+                fresh = torch.empty if overwrite else torch.zeros
+                self.stand_ins.append((buffer, fresh(weight.shape, device=weight.device)))
+                self.buffers.append(self.stand_ins[-1][1])
+
+    def deliver(self) -> None:
+        for given, stand_in in self.stand_ins:
+            given.add_(stand_in) if self.accumulate else given.copy_(stand_in)
+
+
+@contextlib.contextmanager
+def _launching(workspace: Workspace) -> Iterator[None]:
+    """A rank that fails between plan and launch (out of memory) ends the others' waits at once, by name."""
+    try:
+        yield
+    except MegaMoETimeout:
+        raise
+    except Exception:
+        if workspace.shape.ranks > 1:
+            workspace.abort()
+        raise
+
+
+def _rows(rows: Tensor) -> Tensor:
+    """Contiguous and aligned, a copy only where it must be."""
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
+
+
+def _fp32(weights: Tensor) -> Tensor:
+    return weights.float().contiguous()

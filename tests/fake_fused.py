@@ -1,0 +1,171 @@
+"""The fused operators in plain torch on the CPU, by the contracts of ops_fused and ops_comm, for one rank.
+
+What is behind them (FusedBackend, FusedPlan, autograd) runs as it does on a GPU: capacities, verdicts, overflow,
+poisoned rows from M on, gradients that are written or added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+import megamoe_train
+from megamoe_train import ops_comm, reference, workspace
+from megamoe_train.plan import RoutingPlan, build_plan
+from megamoe_train.workspace import Shape, Workspace
+
+
+class FakeWorkspace(Workspace):
+    """Without memory, kernels and watchdog."""
+
+    def __init__(self, shape: Shape, rank: int = 0, sizing: str = "high_water", capacity: int = 0):
+        workspace.check_sizing(sizing, capacity)
+        self.shape, self.rank, self.sizing, self.capacity = shape, rank, sizing, capacity
+        self.layout = workspace.layout_of(shape)
+        self.memory = torch.empty(0)
+        self.guard = types.SimpleNamespace(watch=contextlib.nullcontext, check=lambda: None)
+        self.high_water = self.most_rows = self.plans = self.aborted = 0
+        self.statuses = torch.zeros(workspace.STATUS_SLOTS, workspace.STATUS_INTS, dtype=torch.int64)
+        self.kept_slots, self.unread = set(), []
+        self.closed, self.group = False, None
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+@dataclass(eq=False)
+class FakeDevicePlan(ops_comm.DevicePlan):
+    truth: RoutingPlan | None = None  # None: a bad id
+
+    @property
+    def good(self) -> bool:
+        return int(self.status[1]) == ops_comm.PlanCode.GOOD
+
+    def to_routing_plan(self) -> RoutingPlan:
+        self.settle()
+        return self.truth
+
+
+def fake_build_plan(space: FakeWorkspace, ids: Tensor, *, sizing: str = "high_water", capacity: int = 0):
+    experts, status = space.shape.experts, space.next_status()
+    bad = ((ids < -1) | (ids >= experts)).flatten().nonzero()
+    status[0] = space.plans
+    truth = None
+    if len(bad):
+        where = int(bad[0])
+        status[1:5] = torch.tensor([ops_comm.PlanCode.BAD_ID, 0, where, int(ids.flatten()[where])])
+    else:
+        truth = build_plan(ids, experts)
+        capacity = truth.num_rows if sizing == "exact" else capacity
+        code = ops_comm.PlanCode.OVERFLOW if truth.num_rows > capacity else ops_comm.PlanCode.GOOD
+        status[1:7] = torch.tensor([code, 0, -1, capacity, truth.num_rows, truth.num_rows])
+    plan = FakeDevicePlan(space, ids, capacity, status, *[None] * 8, truth=truth)
+    if sizing == "exact":
+        plan.settle()
+    return plan
+
+
+@dataclass(eq=False)
+class FakeOps:
+    """In place of the module `ops_fused`, and what was asked of it."""
+
+    calls: list[tuple[str, dict]] = field(default_factory=list)
+    fail: Exception | None = None  # raised by the next launch
+
+    @property
+    def WeightMaps(self):
+        return FakeMaps
+
+    def _log(self, name: str, plan: FakeDevicePlan, **details) -> None:
+        if self.fail is not None:
+            error, self.fail = self.fail, None
+            raise error
+        self.calls.append((name, {"capacity": plan.capacity, "good": plan.good, **details}))
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def forward(self, plan, x, weights, maps, *, clamp=None, num_sms=0):
+        assert x.is_contiguous() and weights.dtype == torch.float32 and weights.is_contiguous()
+        self._log("forward", plan, maps=maps)
+        y, h = torch.full_like(x, torch.nan), x.new_full((plan.capacity, maps.fc1[0].shape[0]), torch.nan)
+        if plan.good:
+            args = plan.truth, weights, maps.fc1, maps.fc2
+            result, rows = reference.forward(x, *args, clamp=clamp, group=None)
+            y.copy_(result)
+            h[: len(rows)] = rows
+        return y, h
+
+    def fc1_again(self, plan, x, weights, maps):
+        self._log("fc1_again", plan)
+        h = x.new_full((plan.capacity, maps.fc1[0].shape[0]), torch.nan)
+        h[: plan.truth.num_rows] = reference.fc1_forward(reference.dispatch(x, plan.truth, None), plan.truth, maps.fc1)
+        return h
+
+    def backward(self, plan, dy, x, h, weights, maps, dfc1, dfc2, *, clamp=None, accumulate1=True, accumulate2=True,
+                 num_sms=0):  # fmt: skip
+        assert dy.is_contiguous() and h.shape[0] == plan.capacity
+        self._log("backward", plan, tables=(dfc1, dfc2), accumulate=(accumulate1, accumulate2))
+        fresh = [[torch.zeros_like(w, dtype=torch.float32) for w in kind] for kind in (maps.fc1, maps.fc2)]
+        grads = reference.backward(
+            dy, x, h[: plan.truth.num_rows], plan.truth, weights, maps.fc1, maps.fc2, clamp=clamp, group=None,
+            dfc1=fresh[0], dfc2=fresh[1],
+        )  # fmt: skip
+        for table, kind, add in zip((dfc1, dfc2), fresh, (accumulate1, accumulate2), strict=True):
+            for buffer, value in zip(table.buffers, kind, strict=True) if table else ():
+                buffer.add_(value) if add else buffer.copy_(value)
+        return grads.dx, grads.dweights
+
+
+@dataclass
+class FakeMaps:
+    fc1: list[Tensor]
+    fc2: list[Tensor]
+
+    @classmethod
+    def of(cls, fc1, fc2):
+        return cls(fc1, fc2)
+
+    def matches(self, fc1, fc2) -> bool:
+        pairs = zip([*self.fc1, *self.fc2], [*fc1, *fc2], strict=True)
+        return all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in pairs)
+
+
+@dataclass
+class FakeTable:
+    buffers: list[Tensor]
+
+    @classmethod
+    def of(cls, buffers):
+        return cls(buffers)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """(a FusedBackend, the fake operators it calls); `moe` on CPU tensors takes it for backend="fused"."""
+    fake = FakeOps()
+    monkeypatch.setitem(sys.modules, "megamoe_train.ops_fused", fake)
+    monkeypatch.setattr(megamoe_train, "ops_fused", fake, raising=False)
+    module, plans = (importlib.import_module(f"megamoe_train.{name}") for name in ("fused", "fused_plan"))
+    monkeypatch.setattr(module, "ops_fused", fake)
+    monkeypatch.setattr(module.ops, "GradientTable", FakeTable)
+    monkeypatch.setattr(ops_comm, "build_plan", fake_build_plan)
+    monkeypatch.setattr(plans, "_shared", {})
+    monkeypatch.setattr(plans.Workspace, "create", lambda shape, device: FakeWorkspace(shape))
+    for part in (module, plans):
+        monkeypatch.setattr(part, "in_order", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: 0)
+    from megamoe_train import backends
+
+    backend = module.FusedBackend()
+    monkeypatch.setattr(backends, "_BACKENDS", {"fused": backend, "reference": backends.ReferenceBackend()})
+    monkeypatch.setattr(backends, "choose", lambda name, device: backends.Choice(name, "a test"))
+    return backend, fake
