@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from megamoe_train.config import BACKENDS
+from megamoe_train.megatron import workspaces
 from megamoe_train.megatron.install import EXPERTS, NAME, install, options
 from megamoe_train.megatron.validate import validate
 
@@ -96,6 +97,7 @@ def _validating(original):
     def validate_args(args, *more, **kwargs):
         result = original(args, *more, **kwargs)
         if args.num_experts and args.moe_token_dispatcher_type == NAME:
+            install(tokens=workspaces.tokens_of(args), deadline_s=60.0 * args.distributed_timeout_minutes)
             # With a spec of the user's own the experts are known when the model is built, which validates again.
             experts = "staged" if args.spec else options().experts
             validate(*_configs(args), experts=experts, backend=options().backend)

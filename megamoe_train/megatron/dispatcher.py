@@ -7,6 +7,7 @@ and combines: rows sorted by expert and unpadded, one routing weight per row, co
 Letters: T tokens of this rank, K experts per token, E experts in all, H hidden, M rows padded per expert.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megamoe_train import autograd
-from megamoe_train.plan import DROPPED, RoutingPlan, build_plan
+from megamoe_train.backends import Plan
+from megamoe_train.plan import DROPPED, build_plan
 
 
 def topk_ids_of(routing_map_TE: Tensor, top_k: int) -> Tensor:
@@ -45,7 +47,7 @@ class _Forward:
 
     shape: torch.Size  # of the hidden states, [S, B, H]
     topk_ids: Tensor  # [T, K]
-    plan: RoutingPlan | None = None
+    plan: Plan | None = None
 
 
 class MegaMoETokenDispatcher(MoETokenDispatcher):
@@ -65,6 +67,8 @@ class MegaMoETokenDispatcher(MoETokenDispatcher):
         self.local_expert_indices = local_expert_indices
         self.num_experts = num_local_experts * self.ep_size
         self.paired = paired
+        # What makes a plan of ids [T, K]; install puts the fused backend's here.
+        self.planner = functools.partial(build_plan, num_experts=self.num_experts, group=self.ep_group)
         self._forward: _Forward | None = None
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,14 +80,14 @@ class MegaMoETokenDispatcher(MoETokenDispatcher):
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Builds the plan. Paired: x and the weights stay. Staged: -> rows `[sum(rows), H]`, one weight per row."""
         now = self._forward
-        now.plan = plan = build_plan(now.topk_ids, self.num_experts, group=self.ep_group)
+        now.plan = plan = self.planner(now.topk_ids)
         if self.paired:
             return hidden_states, probs
         rows = autograd.dispatch(hidden_states, plan, self.ep_group)
         weights = autograd.dispatch_weights(probs, plan, self.ep_group)
         return rows.index_select(0, plan.rows), weights.index_select(0, plan.rows)
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, RoutingPlan | Tensor, Tensor]:
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Plan | Tensor, Tensor]:
         """The experts' three arguments; the middle one is the plan (paired) or the rows of each local expert."""
         plan = self._forward.plan
         return hidden_states, plan if self.paired else plan.expert_rows, probs

@@ -10,9 +10,8 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from torch import Tensor, nn
 
-from megamoe_train import functional
+from megamoe_train import backends, functional
 from megamoe_train.megatron.main_grad import MainGradSink
-from megamoe_train.plan import RoutingPlan
 from megamoe_train.reference import wide
 
 logger = logging.getLogger(__name__)
@@ -24,10 +23,10 @@ class MegaMoEExperts:
     backend: str = "auto"
     recompute: str | None = None
 
-    def forward(self, hidden_states: Tensor, plan: RoutingPlan, topk_weights: Tensor) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, plan: backends.Plan, topk_weights: Tensor) -> tuple[Tensor, None]:
         """x `[T,H]`, the plan in place of Megatron's tokens_per_expert, weights `[T,K]` -> y `[T,H]`, no bias."""
-        if not isinstance(plan, RoutingPlan):
-            wanted = "the RoutingPlan of a paired MegaMoETokenDispatcher"
+        if not isinstance(plan, backends.Plan):
+            wanted = "the plan of a paired MegaMoETokenDispatcher"
             raise TypeError(f"{type(self).__name__} takes {wanted}, got {type(plan).__name__}")
         fire_forward_pre_hooks(self)
         if topk_weights.dtype == torch.float64:  # moe_router_dtype="fp64"; the call computes at most in fp32 then

@@ -19,7 +19,7 @@ from megatron.core.utils import log_single_rank
 
 from megamoe_train import backends
 from megamoe_train.config import BACKENDS, RECOMPUTE, check_choice
-from megamoe_train.megatron import cpu, experts, wheel
+from megamoe_train.megatron import cpu, experts, wheel, workspaces
 from megamoe_train.megatron.dispatcher import MegaMoETokenDispatcher
 from megamoe_train.megatron.validate import validate
 
@@ -36,6 +36,8 @@ class Options:
     backend: str = "auto"  # "auto" | "fused" | "reference"
     recompute: str | None = None  # "fc1": h is not kept for backward but computed again
     experts: str = "paired"  # "staged": dispatch and combine around Megatron's own experts, also where we could pair
+    tokens: int | None = None  # most tokens of a rank in one micro-batch; Megatron's training arguments give it
+    deadline_s: float | None = None  # seconds a wait in a kernel may last; None: 600
 
     def __post_init__(self):
         check_choice("backend", self.backend, BACKENDS)
@@ -46,7 +48,7 @@ class Options:
 _options = Options()
 
 
-def install(**options: str | None) -> None:
+def install(**options: str | int | float | None) -> None:
     """Accept "megamoe" as a token dispatcher type, on the command line too. Calling it again changes `options` only.
 
     Keywords: the fields of `Options`. Raises ValueError for a value that is not allowed.
@@ -111,6 +113,10 @@ def _take_over(layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
     if paired:
         validate(layer.config, backend=_options.backend)
         experts.pair(layer.experts, backend=_options.backend, recompute=_options.recompute)
+        on_device = workspaces.planner(
+            layer, pg_collection.ep, backend=_options.backend, tokens=_options.tokens, deadline_s=_options.deadline_s
+        )
+        layer.token_dispatcher.planner = on_device or layer.token_dispatcher.planner
 
 
 @functools.cache
