@@ -6,7 +6,6 @@ reference by itself: it says what is missing, and that backend="reference" exist
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, extension, reference
+from . import agreement, extension, ops, reference
 from .config import BACKENDS, check_choice
 from .plan import RoutingPlan, build_plan
 
@@ -149,10 +148,12 @@ def choose(backend: str, device_type: str) -> Choice:
 
 def _load_fused() -> bool:
     """Registers the fused backend where the extension is built with its kernels and a CUDA device is there."""
-    here = extension.built_files() and torch.cuda.is_available()
-    if not here or importlib.util.find_spec(f"{__package__}.ops_fused") is None:
+    if not extension.built_files() or not torch.cuda.is_available():
         return False
-    from .fused import FusedBackend
+    ops.load()
+    if not hasattr(torch.ops.megamoe, "fused_forward"):
+        return False
+    from .fused import FusedBackend  # here: few processes need it, and it needs the extension
 
     register(FusedBackend())
     return True

@@ -8,7 +8,6 @@ import functools
 from argparse import Namespace
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
@@ -58,9 +57,7 @@ def shared(shape: Shape, group: dist.ProcessGroup, deadline_s: float) -> Workspa
     """The group's workspace of that shape, made by the first layer that asks. Collective then."""
     key = (group.group_name, shape, deadline_s)
     if key not in _made or _made[key].closed:
-        _made[key] = Workspace.create(
-            shape, group=group, device=torch.device("cuda", torch.cuda.current_device()), deadline_s=deadline_s
-        )
+        _made[key] = Workspace.create(shape, group=group, device="cuda", deadline_s=deadline_s)
     return _made[key]
 
 

@@ -1,4 +1,4 @@
-"""Workspaces of a Megatron model: their size from Megatron's arguments, one for all layers of a shape, made at build."""
+"""Workspaces of a Megatron model: sized by Megatron's arguments, one for all layers of a shape, made at build."""
 
 from argparse import Namespace
 from functools import partial
@@ -37,7 +37,7 @@ class Created:
     def __call__(self, shape, *, group, device, deadline_s):
         from tests.fake_fused import FakeWorkspace
 
-        self.calls.append((shape, torch.distributed.get_world_size(group), device.type, deadline_s))
+        self.calls.append((shape, torch.distributed.get_world_size(group), device, deadline_s))
         return FakeWorkspace(shape, torch.distributed.get_rank(group))
 
 
@@ -68,7 +68,6 @@ def _built_layers(patch, ep_size):
     layers.start(ep_size, tokens=512, deadline_s=90.0)
     patch.setattr(workspaces, "_made", {})
     patch.setattr(Workspace, "create", created)
-    patch.setattr(torch.cuda, "current_device", lambda: 0)
     patch.setattr(backends, "resolve", lambda name, *tensors: "fused")
     patch.setattr(backends, "get", lambda name: backend)
     first, second = layers.new_layer(layers.config()), layers.new_layer(layers.config())
