@@ -26,6 +26,7 @@ __device__ __forceinline__ uint8_t* output_memory(SharedStorage& shared, OutputP
 // `count` warps of this CTA are done with the place. Only a stage of the ring concerns the peer's loader too.
 __device__ __forceinline__ void release_output(SharedStorage& shared, OutputPlace place, uint32_t count) {
     const int lane = threadIdx.x & 31;
+    __syncwarp();  // as in release_stage
     if (place.index == kSpare) {
         if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[kSpare], count);
     } else if (lane < kClusterSize) {

@@ -68,6 +68,7 @@ __device__ void pull_rows(const FusedParams& params, int which, int64_t until, u
             // Exactly one claim starts at the end (M is a multiple of claim_rows): it counts one, so that a rank
             // without rows acknowledges too.
             if (first == rows && lane == 0) count_pulled(params, which, 1, rows + 1);
+            __syncwarp();
             return;
         }
         const bool mine = lane < params.claim_rows;
@@ -88,6 +89,7 @@ __device__ void pull_rows(const FusedParams& params, int which, int64_t until, u
             add_counter(params.counters.arrived + which * params.tiles + first / kRowTile, params.claim_rows);
             count_pulled(params, which, params.claim_rows, rows + 1);
         }
+        __syncwarp();
         if (first + params.claim_rows >= until) return;
     }
 }
