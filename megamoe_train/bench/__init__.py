@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m megamoe_train.bench gemm`. Ours, honest baselines and cuBLAS, side by side in one run."""
+"""Benchmarks: `python -m megamoe_train.bench gemm|layer`. Ours, honest baselines and cuBLAS, side by side."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import gemm
+from . import gemm, layer
 
 
 def commit() -> str:
@@ -34,6 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--modes", nargs="+", choices=["paced", "sustained"], default=["paced", "sustained"])
     one.add_argument("--iterations", type=int, default=30)
     one.add_argument("--json", type=Path, help="also write the rows here")
+    layer.add_arguments(tables)
     return parser.parse_args(argv)
 
 
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         print("megamoe_train.bench needs a GPU: torch sees none", file=sys.stderr)
         return 2
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit()}")
+    if args.table == "layer":
+        return layer.main(args, commit())
     rows = gemm.run(args.shapes, args.groups, args.products, args.modes, args.iterations)
     if args.json:
         header = {"device": torch.cuda.get_device_name(), "commit": commit(), "backend": "fused"}

@@ -46,9 +46,13 @@ class CuBLAS:
     SIZE = 8192
     FLOPS = 2 * SIZE**3
 
-    def __init__(self, flops: float):
-        self.a, self.b = (torch.randn(self.SIZE, self.SIZE, device="cuda").bfloat16() for _ in range(2))
-        self.out = torch.empty_like(self.a)
+    def __init__(self, flops: float, like: CuBLAS | None = None):
+        """like: one whose matrices this one uses too."""
+        if like is None:
+            self.a, self.b = (torch.randn(self.SIZE, self.SIZE, device="cuda").bfloat16() for _ in range(2))
+            self.out = torch.empty_like(self.a)
+        else:
+            self.a, self.b, self.out = like.a, like.b, like.out
         self.repeats = max(1, round(flops / self.FLOPS))
 
     def __call__(self, iteration: int) -> None:
