@@ -6,6 +6,7 @@ a process calls the whole (`plan`, `dispatch`, `combine`). Letters as in plan.py
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from enum import IntEnum
@@ -17,6 +18,7 @@ from .plan import ROW_TILE, RoutingPlan
 from .workspace import Shape, Workspace
 
 MAX_ROWS = 2**31 - 1
+POLLS_PER_QUERY = 256
 
 
 class Op(IntEnum):
@@ -66,9 +68,15 @@ class DevicePlan:
 
     def wait(self) -> None:
         """Polls until the device has judged the plan. Raises MegaMoETimeout if a wait of the kernels failed."""
-        while not int(self.status[0]):
-            self.workspace.guard.check()
-            time.sleep(2e-6)
+        stream = torch.cuda.current_stream(self.ids.device) if self.ids.is_cuda else None
+        with self.workspace.guard.watch():
+            for polls in itertools.count(1):
+                if int(self.status[0]):
+                    return
+                if stream is not None and polls % POLLS_PER_QUERY == 0:
+                    stream.query()  # raises what ended the kernels, should no record tell it
+                self.workspace.guard.check()
+                time.sleep(2e-6)
 
     def settle(self) -> int:
         """M of this rank, after `wait`. Raises ValueError for a bad id and RowOverflow, alike on every rank."""

@@ -41,7 +41,12 @@ struct Deadline {
 __device__ __forceinline__ void write_record(const Deadline& deadline, Waiting what, Failure failure, int peer,
                                              unsigned long long expected, unsigned long long seen) {
     WaitRecord* record = deadline.record;
-    if (record == nullptr || atomicCAS_system(&record->claimed, 0, 1) != 0) return;
+    if (record == nullptr) return;
+    if (atomicCAS_system(&record->claimed, 0, 1) != 0) {
+        // The caller traps next, which ends every thread: the first one must have written its record by then.
+        for (int i = 0; i < 1000 && *const_cast<volatile int*>(&record->complete) == 0; ++i) __nanosleep(10000);
+        return;
+    }
     record->failure = static_cast<int>(failure);
     record->what = static_cast<int>(what);
     record->block = blockIdx.x;
