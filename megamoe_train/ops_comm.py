@@ -199,7 +199,7 @@ def build_plan(workspace: Workspace, ids: Tensor, *, sizing: str = "high_water",
         if sizing == "exact":
             plan = plan_count(workspace, ids, MAX_ROWS)
             plan_place(plan)
-            return plan_sources(plan, plan.settle())
+            return plan_sources(plan, max(plan.settle(), ROW_TILE))  # tensor maps describe no empty pool
         if sizing == "high_water":
             workspace.high_water = capacity = workspace.high_water or first_capacity(workspace)
         elif sizing != "fixed":

@@ -155,10 +155,13 @@ def make(
         if name.startswith("ours"):
             made[name] = Ours(shape, weights, group, written=name == "ours-written", workspace=workspace)
         elif name == "megatron":
-            if (why := missing()) is None:
-                made[name] = MegatronCandidate(shape, weights)
-            else:
+            if (why := missing()) is not None:
                 absent[name] = why
+                continue
+            try:
+                made[name] = MegatronCandidate(shape, weights)
+            except Exception as error:  # another version of Megatron or TransformerEngine: the others are measured
+                absent[name] = f"{type(error).__name__}: {error}"
         else:
             options = {"accumulate": name == "unfused-fp32", "routed": name == "unfused-routed"}
             made[name] = UnfusedCandidate(shape, weights, group, **options)

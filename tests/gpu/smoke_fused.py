@@ -8,6 +8,7 @@ One line per tensor: relative L2 error of ours and of plain bf16 torch, both aga
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 import warnings
@@ -17,11 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from megamoe_train import ops, ops_comm, ops_fused
 from megamoe_train.bench import ranks as bench_ranks
-from megamoe_train.workspace import Shape, Workspace
-from tests.gpu.layer_case import Case, Layer, RankResult, worst_of
-from tests.gpu.virtual import Load, Ranks
+from tests.gpu.fused_run import VirtualRanks, one_rank
+from tests.gpu.layer_case import Case, Layer, worst_of
+from tests.gpu.virtual import Load
 
 
 def cases(ranks: int) -> dict[str, Case]:
@@ -37,89 +37,13 @@ def cases(ranks: int) -> dict[str, Case]:
     }
 
 
-def gradients(layer: Layer, rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Poisoned fp32 gradients of one rank's experts: they are written, not added to."""
-    return tuple(
-        [torch.full(weight.shape, torch.nan, device="cuda") for weight in weights] for weights in layer.experts_of(rank)
-    )
-
-
-def maps_of(layer: Layer, rank: int) -> ops_fused.WeightMaps:
-    return ops_fused.WeightMaps.of(*layer.experts_of(rank))
-
-
-def one_rank(layer: Layer, rank: int, backward: bool) -> dict[int, RankResult]:
-    """This process's rank through the whole calls, high-water sizing."""
-    case, load = layer.case, layer.case.load
-    shape = Shape(load.ranks, load.experts, load.top_k, case.hidden, max(load.tokens))
-    workspace = Workspace.create(shape, group=bench_ranks.group(), deadline_s=5.0)
-    maps, x, p = maps_of(layer, rank), layer.xs[rank], layer.ps[rank]
-
-    def forward(plan):
-        return plan, *ops_fused.forward(plan, x, p, maps, clamp=case.clamp)
-
-    with workspace.guard.watch():
-        plan, y, h = ops_comm.planned(workspace, layer.ids[rank], forward)
-        result = RankResult(y, h)
-        if backward:
-            result.dfc1, result.dfc2 = gradients(layer, rank)
-            tables = ops.GradientTable.of(result.dfc1), ops.GradientTable.of(result.dfc2)
-            result.dx, result.dweights = ops_fused.backward(
-                plan, layer.dys[rank], x, h, p, maps, *tables, clamp=case.clamp, accumulate1=False, accumulate2=False
-            )
-        torch.cuda.synchronize()
-    workspace.close()
-    return {rank: result}
-
-
-def virtual_ranks(layer: Layer, backward: bool) -> dict[int, RankResult]:
-    """All ranks in this process, each on its own stream and its share of the SMs."""
-    case, load = layer.case, layer.case.load
-    ranks = Ranks(load, case.hidden, streams=True)
-    everyone = range(load.ranks)
-    for workspace in ranks.workspaces:
-        workspace.high_water = layer.most_rows
-    options = {"clamp": case.clamp, "num_sms": share_of_sms(load.ranks)}
-    maps, plans = [maps_of(layer, r) for r in everyone], ranks.plan(layer.ids)
-    with ranks.workspaces[0].guard.watch():
-        calls = ranks.each(
-            lambda *a: ops_fused.ForwardCall(*a, **options), plans, layer.xs, layer.ps, maps
-        )  # fmt: skip
-        results = [RankResult(call.y, call.h) for call in run(ranks, calls)]
-        if backward:
-            for rank, result in enumerate(results):
-                result.dfc1, result.dfc2 = gradients(layer, rank)
-            tables = [[ops.GradientTable.of(d) for d in (result.dfc1, result.dfc2)] for result in results]
-            torch.cuda.synchronize()
-            calls = ranks.each(
-                lambda dy, x, h, p, plan, maps, tables: ops_fused.BackwardCall(
-                    plan, dy, x, h, p, maps, *tables, **options, accumulate1=False, accumulate2=False
-                ),
-                layer.dys, layer.xs, [result.h for result in results], layer.ps, plans, maps, tables,
-            )  # fmt: skip
-            for result, call in zip(results, run(ranks, calls), strict=True):
-                result.dx, result.dweights = call.dx, call.dweights
-        torch.cuda.synchronize()
-    return dict(enumerate(results))
-
-
-def share_of_sms(ranks: int) -> int:
-    """An even number of SMs for each of several virtual ranks."""
-    return torch.cuda.get_device_properties(0).multi_processor_count // ranks // 2 * 2
-
-
-def run(ranks: Ranks, calls: list) -> list:
-    ranks.each(lambda call: call.begin(), calls)
-    ranks.each(lambda call: call.launch(), calls)
-    return calls
-
-
 def check(name: str, case: Case, virtual: bool, backward: bool) -> bool:
     """Runs one case and prints its lines; every rank its own."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is filled with NaN
     rank, begin = bench_ranks.rank(), time.monotonic()
     layer = Layer(case)
-    results = virtual_ranks(layer, backward) if virtual else one_rank(layer, rank, backward)
+    run = VirtualRanks(layer).run if virtual else functools.partial(one_rank, rank=rank)
+    results = run(layer, backward=backward)
     torch.use_deterministic_algorithms(False)
     found = worst_of(layer, results)
     for line in found:

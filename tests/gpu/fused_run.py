@@ -1,0 +1,123 @@
+"""One layer through the fused kernels: this process's rank, or R virtual ranks on streams of one GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe_train import ops, ops_comm, ops_fused
+from megamoe_train.bench import ranks as processes
+from megamoe_train.workspace import Shape, Workspace
+from tests.gpu.layer_case import Layer, RankResult
+from tests.gpu.virtual import Ranks
+
+DELAY = 20_000_000  # cycles, ~10 ms
+
+
+def shape_of(layer: Layer) -> Shape:
+    case, load = layer.case, layer.case.load
+    return Shape(load.ranks, load.experts, load.top_k, case.hidden, max(load.tokens))
+
+
+def share_of_sms(ranks: int) -> int:
+    """An even number of SMs for each of several virtual ranks."""
+    return torch.cuda.get_device_properties(0).multi_processor_count // ranks // 2 * 2
+
+
+def gradients(layer: Layer, rank: int, fill: float = torch.nan) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """fp32 gradients of one rank's experts, poisoned: they are to be written, not added to."""
+    return tuple(
+        [torch.full(weight.shape, fill, device="cuda") for weight in weights] for weights in layer.experts_of(rank)
+    )
+
+
+def maps_of(layer: Layer, rank: int) -> ops_fused.WeightMaps:
+    return ops_fused.WeightMaps.of(*layer.experts_of(rank))
+
+
+def one_rank(layer: Layer, rank: int, *, backward: bool = True, num_sms: int = 0) -> dict[int, RankResult]:
+    """This process's rank through the whole calls, in the high-water mode. Collective."""
+    workspace = Workspace.create(shape_of(layer), group=processes.group(), deadline_s=5.0)
+    maps, x, p = maps_of(layer, rank), layer.xs[rank], layer.ps[rank]
+    options = {"clamp": layer.case.clamp, "num_sms": num_sms}
+
+    def forward(plan):
+        return plan, *ops_fused.forward(plan, x, p, maps, **options)
+
+    with workspace.guard.watch():
+        plan, y, h = ops_comm.planned(workspace, layer.ids[rank], forward)
+        result = RankResult(y, h)
+        if backward:
+            result.dfc1, result.dfc2 = gradients(layer, rank)
+            tables = ops.GradientTable.of(result.dfc1), ops.GradientTable.of(result.dfc2)
+            result.dx, result.dweights = ops_fused.backward(
+                plan, layer.dys[rank], x, h, p, maps, *tables, accumulate1=False, accumulate2=False, **options
+            )
+        torch.cuda.synchronize()
+    workspace.close()
+    return {rank: result}
+
+
+class VirtualRanks:
+    """All ranks of a layer in this process, each on its own stream and its share of the SMs."""
+
+    def __init__(self, layer: Layer, num_sms: int = 0):
+        load = layer.case.load
+        self.num_sms = num_sms or share_of_sms(load.ranks)
+        self.ranks = Ranks(load, layer.case.hidden, streams=True)
+
+    def run(self, layer: Layer, *, backward: bool = True, late: int | None = None) -> dict[int, RankResult]:
+        """Forward and backward of all ranks; `late` starts after the others."""
+        ranks, everyone = self.ranks, range(layer.case.load.ranks)
+        for workspace in ranks.workspaces:
+            workspace.high_water = max(layer.most_rows, ops.ROW_TILE)
+        options = {"clamp": layer.case.clamp, "num_sms": self.num_sms}
+        maps = [maps_of(layer, rank) for rank in everyone]
+        with ranks.workspaces[0].guard.watch():
+            torch.cuda.synchronize()
+            self._delay(late)
+            plans = ranks.plan(layer.ids)
+            self._delay(late)
+            calls = ranks.each(lambda *a: ops_fused.ForwardCall(*a, **options), plans, layer.xs, layer.ps, maps)
+            results = [RankResult(call.y, call.h) for call in self._launch(calls)]
+            if backward:
+                self._backward(layer, plans, maps, results, options, late)
+            torch.cuda.synchronize()
+        return dict(enumerate(results))
+
+    def _backward(self, layer: Layer, plans, maps, results: list[RankResult], options: dict, late: int | None) -> None:
+        for rank, result in enumerate(results):
+            result.dfc1, result.dfc2 = gradients(layer, rank)
+        tables = [[ops.GradientTable.of(kind) for kind in (result.dfc1, result.dfc2)] for result in results]
+        torch.cuda.synchronize()
+        self._delay(late)
+        calls = self.ranks.each(
+            lambda plan, dy, x, h, p, maps, tables: ops_fused.BackwardCall(
+                plan, dy, x, h, p, maps, *tables, accumulate1=False, accumulate2=False, **options
+            ),
+            plans, layer.dys, layer.xs, [result.h for result in results], layer.ps, maps, tables,
+        )  # fmt: skip
+        for result, call in zip(results, self._launch(calls), strict=True):
+            result.dx, result.dweights = call.dx, call.dweights
+
+    def _launch(self, calls: list) -> list:
+        self.ranks.each(lambda call: call.begin(), calls)
+        self.ranks.each(lambda call: call.launch(), calls)
+        return calls
+
+    def _delay(self, rank: int | None) -> None:
+        if rank is not None:
+            with self.ranks.on(rank):
+                torch.cuda._sleep(DELAY)
+
+
+def bits(result: RankResult, layer: Layer, rank: int) -> list[torch.Tensor]:
+    """Everything that is defined: rows of h that hold a token, the others whole."""
+    rows = [result.h[begin:end] for begin, end in layer.twins[rank].segments]
+    return [result.y, result.dx, result.dweights, *rows, *result.dfc1, *result.dfc2]
+
+
+def assert_same_bits(layer: Layer, one: dict[int, RankResult], other: dict[int, RankResult]) -> None:
+    for rank in one:
+        pairs = zip(bits(one[rank], layer, rank), bits(other[rank], layer, rank), strict=True)
+        for number, (mine, theirs) in enumerate(pairs):
+            assert torch.equal(mine, theirs), f"{layer.case}: rank {rank}, tensor {number} differs"
