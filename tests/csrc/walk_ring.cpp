@@ -1,6 +1,7 @@
-// Runs the roles' programs over csrc/schedule/ring.cuh on the host: two CTAs, each with a loader, eight math warps and
-// two storers, and the cluster's scheduler, as agents that wait for and arrive at modelled mbarriers. The order in
-// which runnable agents and TMA transfers go on is random, with some agents made very slow. Checks, at every step:
+// Runs the roles' programs over csrc/schedule/ring.cuh on the host, units of all products mixed as in a fused launch:
+// two CTAs, each with a loader, eight math warps and a storer, and the cluster's scheduler, as agents that wait for and
+// arrive at modelled mbarriers. The order in which runnable agents and TMA transfers go on is random, with some agents
+// made very slow. Checks, at every step:
 //   - no deadlock: some agent can always go on until all are done;
 //   - no wait passes on a phase other than the one meant (parity tells only odd from even);
 //   - a stage is written only when everybody has handed back what it held, and read only with what was meant in it.
@@ -64,6 +65,8 @@ struct Cta {
 };
 
 struct Task {
+    Gemm gemm;
+    int n_extent;
     Unit unit;
     int k_blocks;
     bool works[kClusterSize][kMathWarpgroups];
@@ -83,10 +86,19 @@ struct Agent {
 };
 
 struct Case {
-    Gemm gemm;
-    int n_extent;
     std::vector<Task> tasks;
 };
+
+OutputPlace next_output(Position& position, Gemm gemm, int stage) {
+    switch (gemm) {
+        case Gemm::kFc1: return position.next_output<Gemm::kFc1>(stage);
+        case Gemm::kFc2: return position.next_output<Gemm::kFc2>(stage);
+        case Gemm::kDgrad2: return position.next_output<Gemm::kDgrad2>(stage);
+        case Gemm::kDgrad1: return position.next_output<Gemm::kDgrad1>(stage);
+        case Gemm::kWgrad: return position.next_output<Gemm::kWgrad>(stage);
+    }
+    fail("no such product");
+}
 
 class Cluster {
 public:
@@ -102,13 +114,7 @@ public:
                 cta.unit_free[i].init(kUnitFreeArrivals);
             }
         }
-        switch (work.gemm) {
-            case Gemm::kFc1: build<Gemm::kFc1>(); break;
-            case Gemm::kFc2: build<Gemm::kFc2>(); break;
-            case Gemm::kDgrad2: build<Gemm::kDgrad2>(); break;
-            case Gemm::kDgrad1: build<Gemm::kDgrad1>(); break;
-            case Gemm::kWgrad: build<Gemm::kWgrad>(); break;
-        }
+        build();
     }
 
     long run() {
@@ -202,7 +208,6 @@ private:
         memory = {content, kMathWarps};
     }
 
-    template <Gemm kGemm>
     void build_loader(int cta) {
         Agent& agent = agents_.emplace_back();
         Position position;
@@ -229,9 +234,9 @@ private:
                           });
                 position.ring.advance();
             }
-            const int outputs = output_stages(kGemm, work_.n_extent, task.unit, task.k_blocks);
+            const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
             for (int stage = 0; stage < outputs; ++stage) {
-                const OutputPlace place = position.template next_output<kGemm>(stage);
+                const OutputPlace place = next_output(position, task.gemm, stage);
                 const bool spare = place.index == kSpare;
                 const long content = spare ? 1000000 + spare_uses : walk;
                 const int lap = static_cast<int>(spare ? spare_uses : walk / kStages);
@@ -261,7 +266,6 @@ private:
         if (ctas_[cta].memory[index].content != content) fail("a stage holds something else than was meant");
     }
 
-    template <Gemm kGemm>
     void build_math(int cta, int warpgroup) {
         Agent& agent = agents_.emplace_back();
         Position position;
@@ -283,9 +287,9 @@ private:
                 position.ring.advance();
             }
             if (previous >= 0) act(agent, [this, cta, previous] { hand_back(cta, previous, 1); });
-            const int outputs = output_stages(kGemm, work_.n_extent, task.unit, task.k_blocks);
+            const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
             for (int stage = 0; stage < outputs; ++stage) {
-                const OutputPlace place = position.template next_output<kGemm>(stage);
+                const OutputPlace place = next_output(position, task.gemm, stage);
                 const bool spare = place.index == kSpare, sends = works && stage < task.chunks[cta];
                 const long content = spare ? 1000000 + spare_uses : walk;
                 const int lap = static_cast<int>(spare ? spare_uses : walk / kStages);
@@ -304,42 +308,46 @@ private:
         take_unit(agent, cta, cursor, static_cast<int>(work_.tasks.size()));
     }
 
-    template <Gemm kGemm>
-    void build_storer(int cta, int warpgroup) {
+    void build_storer(int cta) {
         Agent& agent = agents_.emplace_back();
         Position position;
         UnitCursor cursor;
-        unsigned laps = 0;
-        int uses[kStages + 1] = {};
+        unsigned laps[kMathWarpgroups] = {};
+        int uses[kMathWarpgroups][kStages + 1] = {};
         long walk = 0, spare_uses = 0;
         for (size_t number = 0; number < work_.tasks.size(); ++number) {
             const Task& task = work_.tasks[number];
             take_unit(agent, cta, cursor, static_cast<int>(number));
             position.ring.skip(task.k_blocks);
             walk += task.k_blocks;
-            const int outputs = output_stages(kGemm, work_.n_extent, task.unit, task.k_blocks);
+            const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
             for (int stage = 0; stage < outputs; ++stage) {
-                const OutputPlace place = position.template next_output<kGemm>(stage);
+                const OutputPlace place = next_output(position, task.gemm, stage);
                 const bool spare = place.index == kSpare;
                 const long content = spare ? 1000000 + spare_uses : walk;
                 (spare ? spare_uses : walk) += 1;
-                if (!task.works[cta][warpgroup] || stage >= task.chunks[cta]) continue;
-                wait(agent, ctas_[cta].output_full[warpgroup][place.index], laps >> place.index & 1,
-                     uses[place.index]++, [this, cta, place, content] { check(cta, place.index, content); });
-                laps ^= 1u << place.index;
-                act(agent, [this, cta, place] { hand_back(cta, place.index, kWarpgroupWarps); });
+                if (stage >= task.chunks[cta]) continue;
+                int working = 0;
+                for (int w = 0; w < kMathWarpgroups; ++w) {
+                    if (!task.works[cta][w]) continue;
+                    ++working;
+                    wait(agent, ctas_[cta].output_full[w][place.index], laps[w] >> place.index & 1,
+                         uses[w][place.index]++, [this, cta, place, content] { check(cta, place.index, content); });
+                    laps[w] ^= 1u << place.index;
+                }
+                if (working == 0) continue;
+                act(agent, [this, cta, place, working] { hand_back(cta, place.index, working * kWarpgroupWarps); });
             }
         }
         take_unit(agent, cta, cursor, static_cast<int>(work_.tasks.size()));
     }
 
-    template <Gemm kGemm>
     void build() {
         build_scheduler();
         for (int cta = 0; cta < kClusterSize; ++cta) {
-            build_loader<kGemm>(cta);
-            for (int warp = 0; warp < kMathWarps; ++warp) build_math<kGemm>(cta, warp / kWarpgroupWarps);
-            for (int w = 0; w < kMathWarpgroups; ++w) build_storer<kGemm>(cta, w);
+            build_loader(cta);
+            for (int warp = 0; warp < kMathWarps; ++warp) build_math(cta, warp / kWarpgroupWarps);
+            build_storer(cta);
         }
     }
 
@@ -350,25 +358,25 @@ private:
     std::vector<std::function<void()>> transfers_;
 };
 
+// A product of an expert, as the schedule would hand it out; then another.
 Case random_case(std::mt19937& random, int units) {
     Case work;
-    work.gemm = static_cast<Gemm>(random() % 5);
-    const bool is_wgrad = work.gemm == Gemm::kWgrad;
-    work.n_extent = 128 * (1 + static_cast<int>(random() % 6));
-    const int n_tiles = ceil_div(work.n_extent, tile_columns(work.gemm));
-    const int fixed = 1 + static_cast<int>(random() % 9);
     while (static_cast<int>(work.tasks.size()) < units) {
+        const Gemm gemm = static_cast<Gemm>(random() % 5);
+        const bool is_wgrad = gemm == Gemm::kWgrad;
+        const int n_extent = 128 * (1 + static_cast<int>(random() % 6));
+        const int n_tiles = ceil_div(n_extent, tile_columns(gemm));
         const int m_rows = is_wgrad ? 256 : 1 + static_cast<int>(random() % 700);
-        const int k_blocks = is_wgrad ? static_cast<int>(random() % 7) : fixed;
+        const int k_blocks = is_wgrad ? static_cast<int>(random() % 7) : 1 + static_cast<int>(random() % 9);
         for (int i = 0; i < num_units(m_rows, n_tiles); ++i) {
-            Task task{unit_at(m_rows, n_tiles, i), k_blocks, {}, {}};
+            if (random() % 3 == 0) continue;  // another cluster has it
+            Task task{gemm, n_extent, unit_at(m_rows, n_tiles, i), k_blocks, {}, {}};
             for (int cta = 0; cta < kClusterSize; ++cta) {
                 for (int w = 0; w < kMathWarpgroups; ++w) {
-                    task.works[cta][w] = has_work(work.gemm, task.unit, cta, w, m_rows, work.n_extent);
+                    task.works[cta][w] = has_work(gemm, task.unit, cta, w, m_rows, n_extent);
                 }
-                task.chunks[cta] = work.gemm == Gemm::kDgrad2
-                                       ? dswiglu_chunks(work.n_extent, n_tile_of(task.unit, cta))
-                                       : output_stages(work.gemm, work.n_extent, task.unit, k_blocks);
+                task.chunks[cta] = gemm == Gemm::kDgrad2 ? dswiglu_chunks(n_extent, n_tile_of(task.unit, cta))
+                                                         : output_stages(gemm, n_extent, task.unit, k_blocks);
             }
             work.tasks.push_back(task);
         }
