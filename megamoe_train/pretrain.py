@@ -2,7 +2,8 @@
 
 Alone, it starts one process per GPU (two without a GPU) under torchrun's agent. Under torchrun or srun it is one rank.
 Run it again and it resumes; Ctrl-C leaves a checkpoint. Every Megatron argument can be changed with `--set key=value`
-or after `--`: `python -m megamoe_train.pretrain --set lr=1e-3 -- --train-iters 500`.
+or after `--`: `python -m megamoe_train.pretrain --set lr=1e-3 -- --train-iters 500`. `--megamoe-config FILE.yaml` takes
+flat lines of `key: value`; the command line wins over it, and it over the recipe.
 """
 
 import argparse
@@ -36,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-cache", type=Path, metavar="DIR", help="where tokens are kept (default: OUT/data)")
     parser.add_argument("--out", type=Path, help="folder of checkpoints, logs and curves (default: runs/RECIPE)")
     parser.add_argument("--moe-dispatcher", help="megamoe, or one of Megatron's: alltoall, allgather, flex")
+    parser.add_argument(
+        "--megamoe-config", action="append", default=[], metavar="FILE.yaml", help="flat YAML of Megatron arguments"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a Megatron argument")
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes on this machine (default: GPUs, or 2 without)"
@@ -57,6 +61,7 @@ def main(argv: list[str]) -> int:
         data=tuple(options.data),
         text_key=options.text_key,
         data_cache=options.data_cache,
+        config_files=tuple(options.megamoe_config),
         sets=(*dispatcher, *options.set),
         megatron=tuple(argv[split + 1 :]),
     )

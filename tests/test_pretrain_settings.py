@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from megamoe_train import recipes
 from megamoe_train.training import checkpointing, launch, settings
 from megamoe_train.training.job import claim_folder
 from megamoe_train.training.metrics import Metrics, draw
+from megamoe_train.training.request import Request
 
 SHAPE = {"num-experts": ["32"], "moe-router-topk": ["6"], "micro-batch-size": ["4"], "global-batch-size": ["8"]}
 
@@ -31,6 +33,24 @@ def test_later_words_win_and_false_takes_out():
     settings.apply_arguments(table, ["--lr", "2e-4", "--swiglu", "--modules", "moe", "mlp", "--x=1", "--shift", "-3"])
     expected = {"lr": ["2e-4"], "swiglu": [], "seed": ["7"], "fp32-residual": [], "names": ["a", "b c"]}
     assert table == expected | {"modules": ["moe", "mlp"], "x": ["1"], "shift": ["-3"]}
+
+
+def test_yaml_overwrites_the_recipe_and_the_command_line_overwrites_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = (
+        "lr: 0.25",
+        "swiglu: false",
+        "num_layers: 2",
+        "bf16: true",
+        "modules: [moe, mlp]",
+        "moe-dispatcher: alltoall",
+    )
+    path.write_text("\n".join(lines))
+    table = Request("debug", tmp_path, config_files=(str(path),), sets=("num-layers=5",)).table(
+        recipes.Recipe("debug", "", {"lr": 1e-3, "swiglu": True, "num-layers": 3, "moe-dispatcher": "megamoe"})
+    )
+    assert {"lr": ["0.25"], "num-layers": ["5"], "bf16": [], "modules": ["moe", "mlp"]}.items() <= table.items()
+    assert table["moe-dispatcher"] == ["alltoall"] and "swiglu" not in table
 
 
 @pytest.mark.parametrize("pair", ["lr", "=3", " =3"])

@@ -10,14 +10,13 @@ import functools
 import sys
 
 import torch
-import yaml
 
 from megamoe_train.config import BACKENDS
-from megamoe_train.megatron import workspaces
+from megamoe_train.megatron import flat_yaml, workspaces
 from megamoe_train.megatron.install import EXPERTS, NAME, install, options
 from megamoe_train.megatron.validate import validate
 
-CONFIG_OPTION = "--megamoe-config"
+CONFIG_OPTION = flat_yaml.OPTION
 TYPE_OPTION, OUR_OPTION = "--moe-token-dispatcher-type", "--moe-dispatcher"
 
 
@@ -127,25 +126,7 @@ def expand_yaml(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _words_of_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    try:
-        with open(path) as file:
-            settings = yaml.load(file, _UniqueKeys)
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{CONFIG_OPTION} {path}: {' '.join(str(error).split())}") from error  # one line
-    if not isinstance(settings, dict):
-        raise ValueError(f"{CONFIG_OPTION} {path}: got {type(settings).__name__}; allowed: lines of `key: value`")
-    return [word for key, value in settings.items() for word in _words(path, str(key), value, parser)]
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader keeps the last of two equal keys in silence."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    return [word for key, value in flat_yaml.read(path).items() for word in _words(path, key, value, parser)]
 
 
 def _words(path: str, key: str, value: object, parser: argparse.ArgumentParser) -> list[str]:
@@ -160,7 +141,7 @@ def _words(path: str, key: str, value: object, parser: argparse.ArgumentParser) 
         return _flag_words(path, key, option, value, action)
     if isinstance(value, list) and action.nargs is not None:
         return [option, *map(str, value)]
-    if value is None or isinstance(value, dict | list):
+    if isinstance(value, list):
         raise ValueError(f"{CONFIG_OPTION} {path}: {key}: got {value!r}; allowed: one value")
     return [option, str(value)] if action.nargs is not None else [f"{option}={value}"]
 

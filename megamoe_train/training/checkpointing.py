@@ -5,8 +5,11 @@ Megatron writes a checkpoint into `iter_NNNNNNN`, then its `metadata.json`, and 
 itself cut short, which is repaired here.
 """
 
+import contextlib
 import os
+import textwrap
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +32,16 @@ _SHAPE_ARGUMENTS = (
     "normalization",
     "swiglu",
     "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "position_embedding_type",
+    "moe_shared_expert_gate",
+    "moe_latent_size",
     "untie_embeddings_and_output_weights",
 )
+# Arguments that decide how the optimizer's state is laid out.
+_OPTIMIZER_ARGUMENTS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16")
+_MISSING = object()  # an argument that the Megatron which saved did not have
 
 
 @dataclass(frozen=True)
@@ -93,11 +104,57 @@ def verify(checkpoint: Checkpoint, args: Namespace) -> None:
         whole = [step for step in _saved_steps(root)[0] if step != checkpoint.step]
         hint = f"; other checkpoints there: {', '.join(map(str, whole))} (--set ckpt-step={whole[-1]})" if whole else ""
         raise ValueError(f"checkpoint: {checkpoint.folder} cannot be read: {_first_line(error)}{hint}") from error
-    for name in _SHAPE_ARGUMENTS:
-        was, now = getattr(saved, name, None), getattr(args, name, None)
-        if was != now and was is not None and now is not None:
+    _check_same(checkpoint, saved, args, _SHAPE_ARGUMENTS)
+    if not (args.finetune or args.no_load_optim):
+        try:
+            _check_optimizer(checkpoint, saved, args)
+        except ValueError as error:
+            raise ValueError(f"{error}; --set no-load-optim=true takes the weights alone") from error
+
+
+@contextlib.contextmanager
+def loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Whatever Megatron raises while it loads what `verify` let pass, as one line. Its CheckpointException is no
+    Exception, and lists every key of the file."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        why = textwrap.shorten(_last_line(error), 200, placeholder=" ...")
+        raise DoesNotLoad(f"checkpoint: {checkpoint.folder} does not fit this job: {why}") from error
+
+
+class DoesNotLoad(ValueError):
+    """A whole checkpoint that Megatron could not put into this job's model and optimizer."""
+
+
+def _check_same(checkpoint: Checkpoint, saved: Namespace, args: Namespace, names: tuple[str, ...]) -> None:
+    for name in names:
+        was, now = getattr(saved, name, _MISSING), getattr(args, name, _MISSING)
+        if was != now and _MISSING not in (was, now):
             option = name.replace("_", "-")
             raise ValueError(f"checkpoint: {checkpoint.folder} was saved with {option} {was}, this job has {now}")
+
+
+def _check_optimizer(checkpoint: Checkpoint, saved: Namespace, args: Namespace) -> None:
+    """Raises ValueError where Megatron 0.19.2 cannot take up the optimizer's state, whatever the dispatcher."""
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+    _check_same(checkpoint, saved, args, _OPTIMIZER_ARGUMENTS)
+    was, now = saved.expert_model_parallel_size, args.expert_model_parallel_size
+    if args.num_experts and (was == 1) != (now == 1):  # optimizer.py:640: at EP = 1 experts have no group of their own
+        raise ValueError(
+            f"checkpoint: {checkpoint.folder} was saved with expert-model-parallel-size {was}, this job has {now}; "
+            "Megatron does not carry the optimizer's state between 1 and more"
+        )
+    if args.use_distributed_optimizer and not HAVE_APEX_OR_TE:  # distrib_optimizer.py:839
+        raise ValueError(
+            f"checkpoint: {checkpoint.folder} was saved with use-distributed-optimizer, whose state Megatron cannot "
+            "take up without TransformerEngine or apex"
+        )
+    if saved.no_save_optim:
+        raise ValueError(f"checkpoint: {checkpoint.folder} was saved with no-save-optim")
 
 
 def _saved_steps(root: Path) -> tuple[list[int], list[int]]:
@@ -145,3 +202,10 @@ def _saved_arguments(folder: Path) -> Namespace:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(error: BaseException) -> str:
+    """Kind and text of an error. A CheckpointException's text is the tracebacks of the ranks, which end so already."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    return lines[-1] if kind == "CheckpointException" and lines else ": ".join([kind, *lines[-1:]])

@@ -15,6 +15,7 @@ from megamoe_train.training.console import Console
 from megamoe_train.training.request import RECORD, Job, Request, check
 
 USER_ERROR = 2  # exit status of a request that fails a check
+_GRACE_S = 10.0  # in which a failed rank's launcher ends the others
 
 
 def run(request: Request, *, verbose: bool) -> int:
@@ -34,6 +35,8 @@ def run(request: Request, *, verbose: bool) -> int:
         return _fail(error, console, rank)
     try:
         return _train(job, prepared, console, rank, num_ranks)
+    except checkpointing.DoesNotLoad as error:
+        return _refuse_late(error, console)
     except Exception as error:
         return _crash(error, console, rank)
     finally:
@@ -64,6 +67,18 @@ def _fail(error: Exception, console: Console, rank: int) -> int:
         return _crash(error, console, rank)
     if os.environ["LOCAL_RANK"] == "0":
         console.say(f"megamoe_train: error: {error}")
+    return USER_ERROR
+
+
+def _refuse_late(error: checkpointing.DoesNotLoad, console: Console) -> int:
+    """A checkpoint that only loading shows to be of another job: most often on all ranks, but maybe on one alone. The
+    first of the machine speaks at once; the others wait to be ended, and speak if nobody does."""
+    traceback.print_exception(error)
+    signal.signal(signal.SIGTERM, _leave)
+    if os.environ["LOCAL_RANK"] != "0":
+        time.sleep(_GRACE_S)
+    log = f" (log of this rank: {console.log_path})" if console.log_path else ""
+    console.say(f"megamoe_train: error: {error}{log}")
     return USER_ERROR
 
 
@@ -117,7 +132,7 @@ def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: 
         _record(job)
         for line in header(job, prepared, num_ranks):
             console.say(line)
-    watch = Watch(console, out, f"{job.recipe.name} ({args.moe_token_dispatcher_type})", job.start_step)
+    watch = Watch(console, out, f"{job.recipe.name} ({args.moe_token_dispatcher_type})", job.start_step, job.checkpoint)
     watch.install()
     set_global_variables(args)
     if args.exit_signal_handler:

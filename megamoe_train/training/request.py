@@ -15,6 +15,7 @@ from megamoe_train import recipes
 from megamoe_train.training import checkpointing, corpus, prepare, settings
 
 RECORD = "run.json"  # in the output folder: what the run was started with
+_CONFIG = "megamoe-config"
 _OWN_DATA = ("data-path", "data-args-path", "train-data-path", "per-split-data-args-path")
 
 
@@ -27,6 +28,7 @@ class Request:
     data: tuple[str, ...] = ()
     text_key: str = "text"
     data_cache: Path | None = None  # where tokenized text is kept; None means in `out`
+    config_files: tuple[str, ...] = ()  # flat YAML
     sets: tuple[str, ...] = ()
     megatron: tuple[str, ...] = ()  # Megatron arguments, as given after `--`
 
@@ -40,8 +42,12 @@ class Request:
         table = settings.from_recipe(recipe.settings)
         checkpoints = [str(self.checkpoints)]
         table |= {"save": checkpoints, "load": checkpoints, "tensorboard-dir": [str(self.out / "tensorboard")]}
+        for path in self.config_files:
+            settings.apply_yaml(table, path)
         settings.apply_sets(table, self.sets)
         settings.apply_arguments(table, self.megatron)
+        if _CONFIG in table:  # Megatron's parser would read it before the recipe, which then wins in silence
+            raise ValueError(f"{_CONFIG}: give --{_CONFIG} FILE before the --, as an option of this command")
         return table
 
 

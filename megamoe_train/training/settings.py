@@ -1,13 +1,15 @@
 """Megatron arguments as a flat table: `{"num-layers": ["4"], "swiglu": []}`, an argument without values is a flag.
 
-A recipe fills the table, `--set key=value` and `-- --megatron-flag value` overwrite its rows, and the table becomes the
-argument list that Megatron parses. No torch, no Megatron.
+A recipe fills the table; a flat YAML file, `--set key=value` and `-- --megatron-flag value` overwrite its rows, in this
+order; the table becomes the argument list that Megatron parses. No torch, no Megatron.
 """
 
 import difflib
 import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from megamoe_train.megatron import flat_yaml
 
 Settings = dict[str, list[str]]
 
@@ -21,6 +23,13 @@ def from_recipe(values: Mapping[str, Any]) -> Settings:
         listed = value if isinstance(value, list | tuple) else [] if value is True else [value]
         settings[_name(key)] = [str(item) for item in listed]
     return settings
+
+
+def apply_yaml(settings: Settings, path: str) -> None:
+    """Each `key: value` of a flat YAML file overwrites a row; `false` takes it out. Raises ValueError."""
+    for key, value in flat_yaml.read(path).items():
+        settings.pop(_name(key), None)
+        settings |= from_recipe({key: value})
 
 
 def apply_sets(settings: Settings, pairs: Collection[str]) -> None:

@@ -1,6 +1,6 @@
 """Eyes on Megatron's training loop: what it computes each step, shown, kept and drawn.
 
-`pretrain()` offers no callbacks, so five functions of `megatron.training.training` are wrapped: they are called as
+`pretrain()` offers no callbacks, so six functions of `megatron.training.training` are wrapped: they are called as
 before, with the same arguments, and what they return or are given is read. TensorBoard gets Megatron's own curves
 through Megatron's own writer, and ours beside them.
 """
@@ -15,22 +15,32 @@ from pathlib import Path
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args, get_tensorboard_writer, training
 
+from megamoe_train.training import checkpointing
 from megamoe_train.training.console import Console
 from megamoe_train.training.load import ExpertLoad
 from megamoe_train.training.metrics import Metrics, draw
 
 LOSS = "lm loss"
+_WATCHED = ("train", "train_step", "training_log", "evaluate", "save_checkpoint_and_time", "load_checkpoint")
 
 
 class Watch:
     """The record of this session. Only the last rank has losses (as in Megatron), so only it writes and speaks."""
 
-    def __init__(self, console: Console, folder: Path, title: str, start_step: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        folder: Path,
+        title: str,
+        start_step: int,
+        checkpoint: checkpointing.Checkpoint | None = None,
+    ) -> None:
         self.console = console
         self.title = title
         self.picture = folder / "loss.png"
         self.step = start_step
         self.start_step = start_step
+        self.checkpoint = checkpoint
         self.saved_step: int | None = None
         self.speaks = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
         self.folder = folder
@@ -41,7 +51,7 @@ class Watch:
 
     def install(self) -> None:
         """Wrap Megatron's functions, for this process and for good."""
-        for name in ("train", "train_step", "training_log", "evaluate", "save_checkpoint_and_time"):
+        for name in _WATCHED:
             original = getattr(training, name)
             wrapper = functools.wraps(original)(functools.partial(getattr(self, f"_{name}"), original))
             setattr(training, name, wrapper)
@@ -66,6 +76,12 @@ class Watch:
         if stopped:
             lines.append("the same command goes on from there")
         return lines
+
+    def _load_checkpoint(self, original: Callable, *args, **kwargs):
+        if self.checkpoint is None:
+            return original(*args, **kwargs)
+        with checkpointing.loading(self.checkpoint):
+            return original(*args, **kwargs)
 
     def _train(
         self, original: Callable, forward_step, model, optimizer, scheduler, train_data, valid_data, *rest, **more

@@ -139,7 +139,7 @@ def test_yaml_and_command_line_may_not_contradict_on_the_dispatcher(refused, yam
         ("num-layerz: 3\n", "unknown key 'num-layerz'"),
         ("megamoe-config: other.yaml\n", "unknown key 'megamoe-config'"),
         ("num-layers: 3\nnum-layers: 4\n", "key 'num-layers' is given twice"),
-        ("language_model:\n  num_layers: 3\n", "unknown key 'language_model'"),
+        ("language_model:\n  num_layers: 3\n", "language_model: got {'num_layers': 3}; allowed: one value"),
         ("num-layers: {a: 3}\n", "num-layers: got {'a': 3}; allowed: one value"),
         ("num-layers:\n", "num-layers: got None; allowed: one value"),
         ("num-layers: [1, 2]\n", "num-layers: got [1, 2]; allowed: one value"),

@@ -23,7 +23,7 @@ ROWS = {
         "--recompute-modules",
         "moe",
     ),
-    "checkpoint: megamoe EP=2 to megamoe EP=4": partial(resumed, saved="megamoe", loaded="megamoe", load_on=EP4),
+    "checkpoint: alltoall EP=2 to megamoe EP=4": partial(resumed, saved="alltoall", loaded="megamoe", load_on=EP4),
     "checkpoint: megamoe EP=4 to alltoall EP=2": partial(resumed, saved="megamoe", loaded="alltoall", save_on=EP4),
 }
 ran = rows.fixture(__name__, world_size=4)
