@@ -66,7 +66,8 @@ def _rank_main(
     torch.set_num_threads(1)
     try:
         # A collective that hangs fails first, with a traceback that says where.
-        limit = datetime.timedelta(seconds=0.8 * timeout)
+        slack = max(0.2 * timeout, min(10, 0.5 * timeout))  # seconds in which a busy machine gets that traceback out
+        limit = datetime.timedelta(seconds=timeout - slack)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
         # Plain pickle sends tensors by value: a shared-memory handle would die with this process.
         answer = (True, time.monotonic(), pickle.dumps(fn(rank, world_size, *args)))

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megamoe_train.training import checkpointing
 from tests.pretrain_runs import arguments, history, run, write_text
 
+pytestmark = pytest.mark.timeout(900)  # whole jobs of two processes, one after another, maybe on busy cores
 STEPS = 40
 OPTIONS = {"train_iters": STEPS, "eval_interval": 20, "save_interval": 10, "log_interval": 10}
 

@@ -16,6 +16,8 @@ from megamoe_train import pretrain
 from megamoe_train.training import checkpointing
 from tests.pretrain_runs import SMALL, arguments, run, write_text
 
+pytestmark = pytest.mark.timeout(900)  # whole jobs of two processes, one after another, maybe on busy cores
+
 
 def files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))

@@ -105,7 +105,8 @@ def verify(checkpoint: Checkpoint, args: Namespace) -> None:
         hint = f"; other checkpoints there: {', '.join(map(str, whole))} (--set ckpt-step={whole[-1]})" if whole else ""
         raise ValueError(f"checkpoint: {checkpoint.folder} cannot be read: {_first_line(error)}{hint}") from error
     _check_same(checkpoint, saved, args, _SHAPE_ARGUMENTS)
-    if not (args.finetune or args.no_load_optim):
+    goes_on = checkpoint.step < args.train_iters and not (args.finetune or args.no_load_optim)
+    if goes_on:  # and so needs the optimizer's state
         try:
             _check_optimizer(checkpoint, saved, args)
         except ValueError as error:
