@@ -93,7 +93,7 @@ void backward_products(const FusedArgs& args, GemmParams* products) {
     const int64_t hidden = args.workspace.hidden, inter = args.inter;
     GemmParams& dgrad2 = products[kProductDgrad2] = product_of(Gemm::kDgrad2, args);
     dgrad2.a = map_of(MapKind::kActivation, args.pool, args, hidden);
-    dgrad2.b = map_of(MapKind::kOutput, args.h, args, 2 * inter);
+    dgrad2.b = map_of(MapKind::kWeight, args.h, args, 2 * inter);
     dgrad2.out = map_of(MapKind::kOutput, args.dh, args, 2 * inter);
     dgrad2.act = map_of(MapKind::kOutput, args.act, args, inter);
     dgrad2.expert_maps = static_cast<const CUtensorMap*>(args.maps[0]);
