@@ -185,7 +185,7 @@ class _Targets:
         self.buffers = []
         for buffer, weight in zip(given, weights, strict=True):
             if buffer is None:
-                spare = torch.empty(weight.shape, device=weight.device) if spare is None else spare
+                spare = _fp32_like(torch.empty, weight) if spare is None else spare
                 self.buffers.append(spare)
             elif buffer.is_contiguous() and buffer.data_ptr() % ALIGNMENT == 0:
                 self.buffers.append(buffer)
@@ -193,7 +193,7 @@ class _Targets:
                 # TMA writes neither strided nor unaligned matrices: a fresh one takes the gradient of this call and
                 # is added (or copied) afterwards, at the price of its memory and one more pass over it.
                 fresh = torch.empty if overwrite else torch.zeros
-                self.stand_ins.append((buffer, fresh(weight.shape, device=weight.device)))
+                self.stand_ins.append((buffer, _fp32_like(fresh, weight)))
                 self.buffers.append(self.stand_ins[-1][1])
 
     def deliver(self) -> None:
@@ -212,6 +212,10 @@ def _launching(workspace: Workspace) -> Iterator[None]:
         if workspace.shape.ranks > 1:
             workspace.abort()
         raise
+
+
+def _fp32_like(fill: Callable[..., Tensor], weight: Tensor) -> Tensor:
+    return fill(weight.shape, dtype=torch.float32, device=weight.device)
 
 
 def _rows(rows: Tensor) -> Tensor:

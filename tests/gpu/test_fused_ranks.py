@@ -9,7 +9,7 @@ from megamoe_train.bench import ranks as processes
 from megamoe_train.functional import moe
 from tests.gpu.fused_run import DELAY, shape_of
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
-from tests.gpu.test_fused_backend import Leaves, MainGrads
+from tests.gpu.leaves import Leaves, MainGrads
 from tests.gpu.virtual import Load
 from tests.workloads import ROUTINGS
 

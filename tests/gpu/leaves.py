@@ -1,0 +1,61 @@
+"""One rank's inputs as autograd leaves, for tests that call `moe`; a sink like Megatron's main_grad."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamoe_train.functional import moe
+from tests.gpu.layer_case import Layer
+
+
+class MainGrads:
+    """A sink with one fp32 buffer per weight, as Megatron's main_grad is used."""
+
+    def __init__(self, buffers: dict[int, Tensor]):
+        self.buffers = buffers
+
+    def buffer(self, weight: Tensor) -> Tensor | None:
+        return self.buffers.get(id(weight))
+
+    def finish(self, weight: Tensor, grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else grad.to(weight.dtype)
+
+
+class Leaves:
+    """One rank's inputs as leaves. `frozen` ones want no gradient."""
+
+    def __init__(self, layer: Layer, frozen: tuple[str, ...] = ()):
+        fc1, fc2 = layer.experts_of(0)
+        self.layer, self.ids, self.dy = layer, layer.ids[0], layer.dys[0]
+        self.x, self.p = layer.xs[0].clone(), layer.ps[0].clone()
+        self.fc1, self.fc2 = [w.clone() for w in fc1], [w.clone() for w in fc2]
+        for name, tensors in self.named().items():
+            for tensor in tensors:
+                tensor.requires_grad_(name not in frozen)
+
+    def named(self) -> dict[str, list[Tensor]]:
+        return {"x": [self.x], "p": [self.p], "fc1": self.fc1, "fc2": self.fc2}
+
+    def forward(self, **options) -> Tensor:
+        options = {"clamp": self.layer.case.clamp} | options
+        return moe(self.x, self.ids, self.p, self.fc1, self.fc2, **options)
+
+    def run(self, **options) -> Leaves:
+        self.y = self.forward(**options)
+        self.y.backward(self.dy)
+        return self
+
+    def grads(self) -> list[Tensor | None]:
+        return [tensor.grad for tensors in self.named().values() for tensor in tensors]
+
+
+def assert_same(one: Leaves, other: Leaves, *, only_present: bool = False) -> None:
+    assert torch.equal(one.y, other.y)
+    for number, (mine, theirs) in enumerate(zip(one.grads(), other.grads(), strict=True)):
+        if not (only_present and (mine is None or theirs is None)):
+            assert torch.equal(mine, theirs), f"gradient {number}"
+
+
+def buffers_of(leaves: Leaves, fill: float) -> dict[int, Tensor]:
+    return {id(w): torch.full(w.shape, fill, device="cuda") for w in [*leaves.fc1, *leaves.fc2]}
