@@ -115,7 +115,7 @@ class FusedBackend:
         return plan
 
     def need(self, x: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...], **_) -> reference.Need:
-        """What this rank wants: rows travel whatever the others want."""
+        """What this rank wants; the others may want something else."""
         return reference.Need(*(wants(tensors) for tensors in ((x,), (weights,), fc1, fc2)))
 
     def forward(
@@ -140,7 +140,9 @@ class FusedBackend:
         """Gradients into dfc1, dfc2 where any is wanted; `overwrite`: they hold nothing yet."""
         maps, x, dy, p = self._maps_of(fc1, fc2), _rows(x), _rows(dy.to(x.dtype)), _fp32(weights)
         device_plan = plan.device_plan
-        first = _Targets(dfc1 if need.fc1 else None, fc1, overwrite[0])
+        # Ranks cannot know whether another one has frozen fc1. Where there are several, each stages x and pulls it, and
+        # one that wants no dfc1 has it computed into a spare matrix.
+        first = _Targets(dfc1 if need.fc1 else None, fc1, overwrite[0], always=plan.ep_size > 1)
         second = _Targets(dfc2 if need.fc2 else None, fc2, overwrite[1])
         tables = self._table_of(first), self._table_of(second)
         with plan.workspace.guard.watch(), in_order(x.device), _launching(plan.workspace):
@@ -175,12 +177,16 @@ class FusedBackend:
 class _Targets:
     """The buffers of one weight kind that the kernel writes: those given, or stand-ins where it cannot write them."""
 
-    def __init__(self, given: list[Tensor | None] | None, weights: list[Tensor], overwrite: bool):
-        self.accumulate = not overwrite
+    def __init__(
+        self, given: list[Tensor | None] | None, weights: list[Tensor], overwrite: bool, *, always: bool = False
+    ):  # fmt: skip
+        nothing = given is None or all(buffer is None for buffer in given)
+        self.accumulate = not overwrite and not nothing
         self.stand_ins: list[tuple[Tensor, Tensor]] = []  # (given, what was written in its place)
         self.buffers: list[Tensor] | None = None
-        if given is None or all(buffer is None for buffer in given):
+        if nothing and not always:
             return
+        given = [None] * len(weights) if nothing else given
         spare = None  # takes the gradients of frozen experts, which nobody reads
         self.buffers = []
         for buffer, weight in zip(given, weights, strict=True):

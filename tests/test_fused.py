@@ -372,6 +372,21 @@ def test_buffers_that_tma_cannot_write_and_frozen_experts(fused):  # noqa: F811
     assert fused[1].calls[-1][1]["accumulate"][0] is True
 
 
+def test_one_of_several_ranks_that_has_frozen_fc1_still_takes_part():
+    """Its peers may want dfc1, for which they pull this rank's x: the gradient goes to a matrix that nobody reads."""
+    from megamoe_train.fused import _Targets
+
+    weights = [torch.zeros(256, 256, dtype=torch.bfloat16) for _ in range(3)]
+    for given in (None, [None] * 3):
+        assert _Targets(given, weights, overwrite=False).buffers is None
+        targets = _Targets(given, weights, overwrite=False, always=True)
+        (spare,) = {buffer.data_ptr() for buffer in targets.buffers}
+        assert targets.buffers[0].dtype == torch.float32 and targets.buffers[0].shape == weights[0].shape
+        assert not targets.accumulate and targets.stand_ins == [] and spare not in {w.data_ptr() for w in weights}
+    wanted = [torch.zeros(256, 256) for _ in range(3)]
+    assert all(a is b for a, b in zip(_Targets(wanted, weights, False, always=True).buffers, wanted, strict=True))
+
+
 def test_a_rank_that_fails_before_its_launch_frees_the_others(fused):  # noqa: F811
     from megamoe_train.fused import _launching
 

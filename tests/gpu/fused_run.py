@@ -74,7 +74,6 @@ class VirtualRanks:
         maps = [maps_of(layer, rank) for rank in everyone]
         with ranks.workspaces[0].guard.watch():
             torch.cuda.synchronize()
-            self._delay(late)
             plans = ranks.plan(layer.ids)
             self._delay(late)
             calls = ranks.each(lambda *a: ops_fused.ForwardCall(*a, **options), plans, layer.xs, layer.ps, maps)

@@ -31,12 +31,12 @@ def poison() -> None:
 class RankLeaves(Leaves):
     """This process's inputs of a layer of two ranks."""
 
-    def __init__(self, layer: Layer, rank: int):
+    def __init__(self, layer: Layer, rank: int, frozen: tuple[str, ...] = ()):
         alone = Layer.__new__(Layer)
         alone.__dict__ |= layer.__dict__
         alone.xs, alone.ids, alone.ps, alone.dys = ([part[rank]] for part in (layer.xs, layer.ids, layer.ps, layer.dys))
         alone.experts_of = lambda _: layer.experts_of(rank)
-        super().__init__(alone)
+        super().__init__(alone, frozen)
 
 
 def step(layer: Layer, space: Workspace, **options) -> RankResult:
@@ -115,6 +115,24 @@ def _refusals() -> None:
         MegaMoE(MegaMoEConfig(256, 128, 8, 2, ep_size=2), dist.group.WORLD, device="cuda", dtype=torch.bfloat16)
 
 
+def _uneven_needs() -> None:
+    """Ranks may freeze different things, fc1 on one of them too: the other gradients keep their bits."""
+    poison()
+    layer = Layer(Case(Load("uniform", (300, 200), 2, 8), 256, 128))
+    space = Workspace.create(shape_of(layer), group=dist.group.WORLD, deadline_s=5.0)
+    options = {"group": dist.group.WORLD, "workspace": space}
+    full = RankLeaves(layer, dist.get_rank()).run(**options)
+    for frozen in ([("fc1",), ()], [(), ("fc1", "fc2")], [("x",), ("p",)], [("fc1",), ("fc1",)]):
+        part = RankLeaves(layer, dist.get_rank(), frozen[dist.get_rank()]).run(**options)
+        for name, tensors in part.named().items():
+            for mine, theirs in zip(tensors, full.named()[name], strict=True):
+                if name in frozen[dist.get_rank()]:
+                    assert mine.grad is None
+                else:
+                    assert torch.equal(mine.grad, theirs.grad), f"{name} with {frozen} frozen"
+    space.close()
+
+
 def _pipeline_order() -> None:
     """Four forwards in flight over one workspace, backwards in another order, no_grad in between: no bit changes."""
     poison()
@@ -171,7 +189,10 @@ def _training() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=1e-3)
 
 
-CHECKS = {check.__name__: check for check in (_workloads, _overflow, _bad_ids, _refusals, _pipeline_order, _training)}
+CHECKS = {
+    check.__name__: check
+    for check in (_workloads, _overflow, _bad_ids, _refusals, _uneven_needs, _pipeline_order, _training)
+}
 
 
 @pytest.fixture(scope="module")
