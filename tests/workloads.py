@@ -15,6 +15,8 @@ ROUTINGS = (
 
 def route(kind: str, tokens: int, top_k: int, num_experts: int, ranks: int, generator: torch.Generator) -> Tensor:
     """`[T, K]` int64 expert numbers, distinct within a token; -1 = dropped."""
+    if kind == "first_and_last":  # the ranks between own no row
+        return torch.where(torch.arange(tokens * top_k).view(tokens, top_k) % 2 == 0, 0, num_experts - 1)
     if kind == "balanced":
         slots = torch.arange(tokens * top_k).view(tokens, top_k)
         return slots % num_experts

@@ -26,20 +26,22 @@ __global__ void __launch_bounds__(kMoverThreads, 1) push_kernel(const __grid_con
     signal(peers, threadIdx.x, peers.layout.pushed, peers.rank, epoch_word(epoch));
 }
 
-// One token a CTA.
+// Waits by one small CTA (see wait_pulled_kernel), and on a rank without tokens too: after a combine every rank knows
+// that all have come to it, which bounds how far a rank that has nothing to move runs ahead (kReadySlots).
+__global__ void wait_pushed_kernel(const __grid_constant__ RowsParams params) {
+    const Peers& peers = params.peers;
+    if (threadIdx.x >= peers.ranks) return;
+    const uint32_t epoch = static_cast<uint32_t>(state_word(peers, kStateOpEpoch));
+    wait_word(peers, words(peers, peers.rank, peers.layout.pushed) + threadIdx.x, epoch, Waiting::kPushed, threadIdx.x);
+}
+
+// One token a CTA. Pushed rows are visible: wait_pushed acquired them earlier in the stream.
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ RowsParams params) {
     __shared__ const uint8_t* rows[kMaxTopK];
-    const Peers& peers = params.peers;
     if (params.plan_control[kPlanCode] != static_cast<int>(PlanCode::kGood)) return;
-    if (peers.ranks > 1) {
-        const uint32_t epoch = static_cast<uint32_t>(state_word(peers, kStateOpEpoch));
-        for (int r = threadIdx.x; r < peers.ranks; r += blockDim.x) {
-            wait_word(peers, words(peers, peers.rank, peers.layout.pushed) + r, epoch, Waiting::kPushed, r);
-        }
-    }
     const int token = blockIdx.x;
     if (threadIdx.x < params.top_k) rows[threadIdx.x] = slot_row(params, token, threadIdx.x);
-    __syncthreads();  // also: the waiting threads' acquires reach the whole CTA
+    __syncthreads();
     if (params.dweights != nullptr && threadIdx.x < params.top_k) {
         params.dweights[token * params.top_k + threadIdx.x] = collect_dweight(params, token, threadIdx.x);
     }
@@ -57,7 +59,8 @@ cudaError_t launch_push(const RowsParams& params, int num_sms, cudaStream_t stre
 }
 
 cudaError_t launch_sum(const RowsParams& params, cudaStream_t stream) {
-    if (params.tokens == 0) return cudaSuccess;
+    if (params.peers.ranks > 1) wait_pushed_kernel<<<1, kMaxRanks, 0, stream>>>(params);
+    if (params.tokens == 0) return cudaGetLastError();
     const int parts = params.cut.row_bytes / 16, rounds = (parts + kSumThreads - 1) / kSumThreads;
     const int threads = (parts / rounds + 31) / 32 * 32;
     sum_kernel<<<params.tokens, threads, 0, stream>>>(params);

@@ -8,14 +8,18 @@ namespace {
 constexpr int kStageThreads = 256;
 constexpr int kStageBlocks = 264;
 
+// Waits by one small CTA: a wide kernel that waits holds every SM, and keeps kernels that need another split of L1 and
+// shared memory off it (four virtual ranks on one GPU hung so).
+__global__ void wait_pulled_kernel(const __grid_constant__ RowsParams params) {
+    const Peers& peers = params.peers;
+    if (threadIdx.x >= peers.ranks) return;
+    const uint32_t last = static_cast<uint32_t>(state_word(peers, kStateStagedEpoch + params.buffer));
+    const int64_t index = int64_t{params.buffer} * peers.ranks + threadIdx.x;
+    wait_word(peers, words(peers, peers.rank, peers.layout.pulled) + index, last, Waiting::kPulled, threadIdx.x);
+}
+
 __global__ void __launch_bounds__(kStageThreads) stage_kernel(const __grid_constant__ RowsParams params) {
     const Peers& peers = params.peers;
-    const uint32_t last = static_cast<uint32_t>(state_word(peers, kStateStagedEpoch + params.buffer));
-    if (threadIdx.x < peers.ranks) {
-        const int64_t index = int64_t{params.buffer} * peers.ranks + threadIdx.x;
-        wait_word(peers, words(peers, peers.rank, peers.layout.pulled) + index, last, Waiting::kPulled, threadIdx.x);
-    }
-    __syncthreads();
     const int64_t step = int64_t{gridDim.x} * kStageThreads, start = int64_t{blockIdx.x} * kStageThreads + threadIdx.x;
     const int64_t parts = int64_t{params.tokens} * params.cut.row_bytes / 16;
     const uint4* from = reinterpret_cast<const uint4*>(params.tokens_in);
@@ -69,6 +73,7 @@ __global__ void abort_kernel(const __grid_constant__ Peers peers) {
 }  // namespace
 
 cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream) {
+    wait_pulled_kernel<<<1, kMaxRanks, 0, stream>>>(params);
     stage_kernel<<<kStageBlocks, kStageThreads, 0, stream>>>(params);
     return cudaGetLastError();
 }

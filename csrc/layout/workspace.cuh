@@ -17,7 +17,7 @@ constexpr int64_t kRegionAlignment = 1024;  // of every region; bulk copies need
 constexpr int kStagingBuffers = 2;          // primary, secondary
 constexpr int kWordBytes = 8;               // a signal word: epoch in the upper half, what it is about in the lower
 // A rank may announce two operations before a peer has read the first word (dispatch into one staging buffer, dispatch
-// into the other, combine, whose sum then waits for everybody): the words lie in a ring by epoch.
+// into the other, combine, after which it waits for everybody's push): the words lie in a ring by epoch.
 constexpr int kReadySlots = 4;
 constexpr int kMaxRanks = 64;
 constexpr int kMaxPlanExperts = 1024;

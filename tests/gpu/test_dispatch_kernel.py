@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megamoe_train import reference
-from tests.gpu.virtual import Load, Ranks, expected_rows, expected_slots, sum_slots, twins_of
+from tests.gpu.virtual import Data, Load, Ranks, run_layer
 
 pytestmark = pytest.mark.gpu
 
@@ -31,44 +31,6 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-class Data:
-    def __init__(self, load: Load, hidden: int, seed: int = 0):
-        torch.manual_seed(seed)
-        self.ids = load.ids(seed)
-        self.twins = twins_of(self.ids, load.experts)
-        self.xs = [torch.randn(t, hidden, device="cuda").bfloat16() for t in load.tokens]
-        self.ps = [torch.rand(t, load.top_k, device="cuda") for t in load.tokens]
-        self.rows = [torch.randn(twin.num_rows, hidden, device="cuda").bfloat16() for twin in self.twins]
-        self.row_dps = [torch.randn(twin.num_rows, device="cuda") for twin in self.twins]
-
-    def plans(self, ranks: Ranks):
-        for workspace in ranks.workspaces:
-            workspace.high_water = max(twin.num_rows for twin in self.twins)
-        return ranks.plan([i.cuda() for i in self.ids])
-
-    def padded(self, rows: int) -> tuple[list, list]:
-        """rows and row_dps in pools of `rows` rows, NaN in padding: it must reach nothing."""
-        pools, values = [], []
-        for twin, pool, value in zip(self.twins, self.rows, self.row_dps, strict=True):
-            padding = (twin.source_of < 0).cuda()
-            pools.append(torch.full((rows, pool.shape[1]), torch.nan, device="cuda").bfloat16())
-            values.append(torch.full((rows,), torch.nan, device="cuda"))
-            pools[-1][: len(pool)] = pool.masked_fill(padding[:, None], torch.nan)
-            values[-1][: len(pool)] = value.masked_fill(padding, torch.nan)
-        return pools, values
-
-
-def check(data: Data, load: Load, dispatched, combined) -> None:
-    for rank, twin in enumerate(data.twins):
-        pool, weights = dispatched[rank]
-        assert torch.equal(pool[: twin.num_rows], expected_rows(data.twins, rank, data.xs, load.top_k, False)), rank
-        flat = [p.flatten() for p in data.ps]
-        assert torch.equal(weights[: twin.num_rows], expected_rows(data.twins, rank, flat, load.top_k, True)), rank
-        y, dps = combined[rank]
-        assert torch.equal(y, sum_slots(expected_slots(data.twins, rank, data.rows))), f"y of rank {rank}"
-        assert torch.equal(dps, expected_slots(data.twins, rank, data.row_dps)), f"dp of rank {rank}"
-
-
 @pytest.mark.parametrize("load, hidden", CASES, ids=str)
 def test_rows_and_sums_are_exact(load, hidden):
     ranks = Ranks(load, hidden)
@@ -77,7 +39,7 @@ def test_rows_and_sums_are_exact(load, hidden):
         plans = data.plans(ranks)
         dispatched = ranks.dispatch(plans, data.xs, data.ps, num_sms=num_sms)
         combined = ranks.combine(plans, *data.padded(plans[0].capacity), num_sms=num_sms)
-        check(data, load, dispatched, combined)
+        data.check(dispatched, combined)
 
 
 def test_one_rank_agrees_with_the_reference():
@@ -98,19 +60,4 @@ def test_a_layer_on_streams_with_skew(load, hidden):
     """Forward and backward of three steps, each rank on its own stream, a different one late: the same bits."""
     ranks = Ranks(load, hidden, streams=True)
     for seed in range(3):
-        data = Data(load, hidden, seed)
-        plans = data.plans(ranks)
-        pools, values = data.padded(plans[0].capacity)
-        torch.cuda.synchronize()
-        with ranks.on(seed % load.ranks):
-            torch.cuda._sleep(20_000_000)
-        options = {"num_sms": max(1, 96 // load.ranks)}
-        first = ranks.dispatch(plans, data.xs, data.ps, **options)
-        y = ranks.combine(plans, pools, **options)
-        second = ranks.dispatch(plans, data.xs, data.ps, buffer=1, backward=True, **options)
-        third = ranks.dispatch(plans, data.xs, data.ps, buffer=0, backward=True, **options)
-        last = ranks.combine(plans, pools, values, backward=True, **options)
-        torch.cuda.synchronize()
-        for dispatched in (first, second, third):
-            check(data, load, dispatched, last)
-        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(y, last, strict=True))
+        run_layer(ranks, Data(load, hidden, seed), late=seed % load.ranks, num_sms=max(1, 96 // load.ranks))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megamoe_train import ops_comm
-from tests.gpu.virtual import Load, Ranks, twins_of
+from tests.gpu.virtual import Load, Ranks, assert_same, twins_of
 
 pytestmark = pytest.mark.gpu
 
@@ -25,13 +25,6 @@ LOADS = (
     Load("uniform", (4099, 8192), 1, 48),
     Load("some_dropped", (70000,), 8, 96),
 )
-
-
-def assert_same(plan: ops_comm.DevicePlan, twin) -> None:
-    ours = plan.to_routing_plan()
-    for name in ("counts", "expert_rows", "expert_offset", "slot_of", "topk_ids", "source_of"):
-        got, want = getattr(ours, name).cpu(), getattr(twin, name)
-        assert got.dtype == want.dtype and torch.equal(got, want), f"{name} of rank {twin.rank}"
 
 
 @pytest.mark.parametrize("load", LOADS, ids=str)
@@ -56,8 +49,7 @@ def test_ranks_on_their_own_streams_with_skew(load):
         twins = twins_of(ids, load.experts)
         given = [i.cuda() for i in ids]
         late = seed % load.ranks
-        with ranks.on(late):
-            torch.cuda._sleep(20_000_000)
+        ranks.delay(late)
         for workspace in ranks.workspaces:
             workspace.high_water = max(twin.num_rows for twin in twins)
         for plan, twin in zip(ranks.plan(given), twins, strict=True):

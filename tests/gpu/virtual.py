@@ -1,4 +1,7 @@
-"""R virtual ranks of one GPU in one process: every step on all ranks before the next one."""
+"""R virtual ranks of one GPU in one process: every step on all ranks before the next one.
+
+tests/csrc/emulator runs the same on the CPU; nothing here but `Ranks` names a device.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,23 @@ class Load:
 class Ranks:
     """Workspaces of all ranks. `streams`: each rank on its own stream, so that they really wait for each other."""
 
+    device = "cuda"
+
     def __init__(self, load: Load, hidden: int = 256, *, streams: bool = False, deadline_s: float = 4.0):
         shape = Shape(load.ranks, load.experts, load.top_k, hidden, max(load.tokens))
-        self.workspaces = Workspace.virtual_ranks(shape, deadline_s=deadline_s)
-        self.streams = [torch.cuda.Stream() for _ in load.tokens] if streams else None
+        self.workspaces = Workspace.virtual_ranks(shape, device=self.device, deadline_s=deadline_s)
+        self.streams = [self.new_stream() for _ in load.tokens] if streams else None
+
+    def new_stream(self):
+        return torch.cuda.Stream()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def delay(self, rank: int) -> None:
+        """What this rank is given next starts late."""
+        with self.on(rank):
+            torch.cuda._sleep(20_000_000)
 
     def on(self, rank: int):
         return torch.cuda.stream(self.streams[rank]) if self.streams else contextlib.nullcontext()
@@ -60,7 +76,7 @@ class Ranks:
             sizes = [ops_comm.MAX_ROWS] * len(ids)
         for workspace, size in zip(self.workspaces, sizes, strict=True):
             workspace.high_water = size if sizing == "high_water" else workspace.high_water
-        torch.cuda.synchronize()
+        self.synchronize()
         plans = self.each(ops_comm.plan_count, self.workspaces, ids, sizes)
         self.each(ops_comm.plan_place, plans)
         rows = [plan.settle() if sizing == "exact" else None for plan in plans]
@@ -114,3 +130,77 @@ def sum_slots(slots_TKH: Tensor) -> Tensor:
 
 def twins_of(ids: list[Tensor], experts: int) -> list[RoutingPlan]:
     return plans_of(ids, experts)
+
+
+class Data:
+    """Random inputs of one load on every rank, and the plans they must give."""
+
+    def __init__(self, load: Load, hidden: int, seed: int = 0, device: str = "cuda"):
+        torch.manual_seed(seed)
+        self.load, self.device = load, device
+        self.ids = load.ids(seed)
+        self.twins = twins_of(self.ids, load.experts)
+        self.xs = [torch.randn(t, hidden, device=device).bfloat16() for t in load.tokens]
+        self.ps = [torch.rand(t, load.top_k, device=device) for t in load.tokens]
+        self.rows = [torch.randn(twin.num_rows, hidden, device=device).bfloat16() for twin in self.twins]
+        self.row_dps = [torch.randn(twin.num_rows, device=device) for twin in self.twins]
+
+    def plans(self, ranks: Ranks) -> list[ops_comm.DevicePlan]:
+        for workspace in ranks.workspaces:
+            workspace.high_water = max(twin.num_rows for twin in self.twins)
+        return ranks.plan([ids.to(self.device) for ids in self.ids])
+
+    def padded(self, rows: int) -> tuple[list, list]:
+        """rows and row_dps in pools of `rows` rows, NaN in padding: it must reach nothing."""
+        pools, values = [], []
+        for twin, pool, value in zip(self.twins, self.rows, self.row_dps, strict=True):
+            padding = (twin.source_of < 0).to(self.device)
+            pools.append(torch.full((rows, pool.shape[1]), torch.nan, device=self.device).bfloat16())
+            values.append(torch.full((rows,), torch.nan, device=self.device))
+            pools[-1][: len(pool)] = pool.masked_fill(padding[:, None], torch.nan)
+            values[-1][: len(pool)] = value.masked_fill(padding, torch.nan)
+        return pools, values
+
+    def check_rows(self, dispatched) -> None:
+        """Rows and their weights on every rank, exactly."""
+        for rank, twin in enumerate(self.twins):
+            pool, weights = dispatched[rank]
+            wanted = expected_rows(self.twins, rank, self.xs, self.load.top_k, False)
+            assert torch.equal(pool[: twin.num_rows], wanted), f"rows of rank {rank}"
+            flat = [p.flatten() for p in self.ps]
+            wanted = expected_rows(self.twins, rank, flat, self.load.top_k, True)
+            assert torch.equal(weights[: twin.num_rows], wanted), f"row weights of rank {rank}"
+
+    def check(self, dispatched, combined) -> None:
+        """As check_rows; sums and dp too."""
+        self.check_rows(dispatched)
+        for rank, (y, dps) in enumerate(combined):
+            assert torch.equal(y, sum_slots(expected_slots(self.twins, rank, self.rows))), f"y of rank {rank}"
+            assert torch.equal(dps, expected_slots(self.twins, rank, self.row_dps)), f"dp of rank {rank}"
+
+
+def assert_same(plan: ops_comm.DevicePlan, twin: RoutingPlan) -> None:
+    """The kernels' plan is the twin's, bit for bit."""
+    ours = plan.to_routing_plan()
+    for name in ("counts", "expert_rows", "expert_offset", "slot_of", "topk_ids", "source_of"):
+        got, want = getattr(ours, name).cpu(), getattr(twin, name)
+        assert got.dtype == want.dtype and torch.equal(got, want), f"{name} of rank {twin.rank}"
+
+
+def run_layer(ranks: Ranks, data: Data, late: int, **options) -> None:
+    """Plan, forward and backward of one layer with one rank late: every result exact."""
+    plans = data.plans(ranks)
+    pools, values = data.padded(plans[0].capacity)
+    ranks.synchronize()
+    ranks.delay(late)
+    first = ranks.dispatch(plans, data.xs, data.ps, **options)
+    y = ranks.combine(plans, pools, **options)
+    second = ranks.dispatch(plans, data.xs, data.ps, buffer=1, backward=True, **options)
+    third = ranks.dispatch(plans, data.xs, data.ps, buffer=0, backward=True, **options)
+    last = ranks.combine(plans, pools, values, backward=True, **options)
+    ranks.synchronize()
+    for plan, twin in zip(plans, data.twins, strict=True):
+        assert_same(plan, twin)
+    for dispatched in (first, second, third):
+        data.check(dispatched, last)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(y, last, strict=True))

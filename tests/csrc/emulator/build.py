@@ -24,26 +24,37 @@ def rewritten(text: str) -> str:
     return text.replace("(megamoe, CUDA, m)", "(megamoe, CPU, m)")
 
 
-def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None) -> Path:
-    """The operators as a library of CPU operators. `changes`: file -> (text, what replaces it), for mutation tests."""
+def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None, base: Path | None = None) -> Path:
+    """The operators as a library of CPU operators.
+
+    changes: file -> (text, what replaces it), for mutation tests. base: folder of an earlier build without changes;
+    its objects serve again where no changed file went in.
+    """
     tree = folder / "csrc"
+    changes = changes or {}
     for part in ("comm", "host", "kernels", "layout", "roles", "schedule", "."):
         (tree / part).mkdir(parents=True, exist_ok=True)
         for path in (CSRC / part).glob("*.*"):
-            (tree / part / path.name).write_text(rewritten(path.read_text()))
-    for name, (old, new) in (changes or {}).items():
-        text = (tree / name).read_text()
-        assert text.count(old) >= 1, f"{name} has no {old!r} any more"
-        (tree / name).write_text(text.replace(old, new))
+            text, name = path.read_text(), str(path.relative_to(CSRC))
+            if name in changes:
+                old, new = changes[name]
+                assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
+                text = text.replace(old, new)
+            (tree / part / path.name).write_text(rewritten(text))
     include = Path(torch.__file__).parent / "include"
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-x", "c++", f"-I{HERE}", f"-I{tree}"]
     system = [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
     objects = []
-    for name in SOURCES:
-        objects.append(folder / (name.replace("/", "_") + ".o"))
-        subprocess.run(["g++", *flags, *system, "-c", tree / name, "-o", objects[-1]], check=True)
-    objects.append(folder / "emulator.o")
-    subprocess.run(["g++", *flags, "-c", HERE / "emulator.cpp", "-o", objects[-1]], check=True)
+    for source in (HERE / "emulator.cpp", *(tree / name for name in SOURCES)):
+        name = f"{source.stem}.o"
+        if base is not None and not any(
+            f"/{changed}" in (base / f"{source.stem}.d").read_text() for changed in changes
+        ):
+            objects.append(base / name)
+            continue
+        objects.append(folder / name)
+        torch_headers = system if source.name == "bindings_comm.cpp" else []
+        subprocess.run(["g++", *flags, *torch_headers, "-MMD", "-c", source, "-o", objects[-1]], check=True)
     library = folder / "emulated.so"
     lib = Path(torch.__file__).parent / "lib"
     subprocess.run(

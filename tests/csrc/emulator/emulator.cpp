@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -51,6 +52,7 @@ struct Load {
     const void* from;
     uint32_t bytes;
     uint64_t* barrier;
+    uint64_t due;  // some take much longer than others
 };
 
 struct Fiber {
@@ -59,6 +61,8 @@ struct Fiber {
     bool started = false, done = false;
     int group = 0;  // bulk group being filled
     std::vector<Store> stores;
+    // What a fence of the async proxy has still to order; see the rules in emulator.hpp.
+    bool acquired = false, written = false, wrote_shared = false;
 };
 
 struct Warp {
@@ -73,6 +77,7 @@ struct Cta {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<Load> loads;
+    uint64_t ticks = 0;
     int live = 0, arrived = 0;
     unsigned generation = 0;
     std::mt19937_64 random;
@@ -100,8 +105,13 @@ void read_store(Store& store) {
 }
 
 void copies_step() {
+    ++cta->ticks;
     if (static_cast<int>(cta->random() % 100) >= chance) return;
-    if (!cta->loads.empty() && cta->random() % 2) return finish_load(cta->random() % cta->loads.size());
+    if (!cta->loads.empty() && cta->random() % 2) {
+        const size_t index = cta->random() % cta->loads.size();
+        if (cta->loads[index].due <= cta->ticks) finish_load(index);
+        return;
+    }
     if (running->stores.empty()) return;
     const size_t index = cta->random() % running->stores.size();
     Store& store = running->stores[index];
@@ -109,10 +119,21 @@ void copies_step() {
     if (!store.read) return read_store(store);
     std::memcpy(store.to, store.data.data(), store.bytes);
     running->stores.erase(running->stores.begin() + static_cast<long>(index));
+    running->written = true;
+}
+
+// What one of them has acquired, all have after they met.
+void share_acquired(size_t first, size_t end) {
+    const auto begin = cta->fibers.begin();
+    const bool any = std::any_of(begin + static_cast<long>(first), begin + static_cast<long>(end),
+                                 [](const Fiber& fiber) { return fiber.acquired; });
+    for (size_t i = first; any && i < end; ++i) cta->fibers[i].acquired = true;
 }
 
 void release_barrier() {
-    if (cta->live > 0 && cta->arrived == cta->live) cta->arrived = 0, ++cta->generation;
+    if (cta->live == 0 || cta->arrived != cta->live) return;
+    cta->arrived = 0, ++cta->generation;
+    share_acquired(0, cta->fibers.size());
 }
 
 void fiber_main() {
@@ -236,6 +257,8 @@ uint64_t collective(Collective what, unsigned mask, uint64_t value, int argument
     warp.argument[lane] = argument;
     const unsigned mine = warp.generation;
     if (++warp.arrived == 32) {
+        const size_t first = running->place.thread.x / 32 * 32;
+        share_acquired(first, first + 32);
         std::copy(warp.in, warp.in + 32, warp.out);
         warp.arrived = 0;
         ++warp.generation;
@@ -268,12 +291,18 @@ void load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
     if (bytes % 16 || reinterpret_cast<uint64_t>(to) % 16 || reinterpret_cast<uint64_t>(from) % 16) {
         die("a bulk load is not aligned to 16 bytes");
     }
-    cta->loads.push_back({to, from, bytes, barrier});
+    if (running->acquired) die("a bulk load follows an acquire without fence.proxy.async between them");
+    const uint64_t slow = cta->random() % 4 ? 0 : cta->random() % 3000;
+    cta->loads.push_back({to, from, bytes, barrier, cta->ticks + slow});
 }
 
 void store(void* to, const void* from, uint32_t bytes) {
     if (bytes % 16 || reinterpret_cast<uint64_t>(to) % 16 || reinterpret_cast<uint64_t>(from) % 16) {
         die("a bulk store is not aligned to 16 bytes");
+    }
+    const size_t first = running->place.thread.x / 32 * 32;
+    for (size_t i = first; i < first + 32; ++i) {
+        if (cta->fibers[i].wrote_shared) die("a bulk store follows plain stores to shared memory without a fence");
     }
     running->stores.push_back(
         {static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from), {}, bytes, running->group, false});
@@ -296,6 +325,19 @@ void wait_stores(int pending, bool written) {
         }
         std::memcpy(stores[i].to, stores[i].data.data(), stores[i].bytes);
         stores.erase(stores.begin() + static_cast<long>(i));
+        running->written = true;
+    }
+}
+
+void acquired() { running->acquired = true; }
+void wrote_shared() { running->wrote_shared = true; }
+void fence_async_shared() { running->wrote_shared = false; }
+void fence_async() { running->acquired = running->written = running->wrote_shared = false; }
+
+void released() {
+    for (const Fiber& fiber : cta->fibers) {
+        if (fiber.written) die("a release follows bulk stores without fence.proxy.async between them");
+        if (!fiber.stores.empty()) die("a release follows bulk stores that were not waited for");
     }
 }
 
@@ -341,6 +383,11 @@ extern "C" void emulator_configure(int ctas, int percent, uint64_t start) {
     emulator::resident_ctas = ctas;
     emulator::chance = percent;
     emulator::seed = start;
+}
+
+extern "C" void emulator_delay(uint64_t stream, int milliseconds) {
+    emulator::enqueue(reinterpret_cast<cudaStream_t>(stream),
+                      [=] { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); });
 }
 
 // Waits until every stream is idle; returns how many have failed (a kernel trapped).

@@ -3,8 +3,11 @@
 // worker.
 //
 // Asynchronous copies really happen later: at random moments, in random order, a store reads shared memory first and
-// writes its target some time after. So a missing wait shows as wrong data. Memory order weaker than the host's, and
-// fences, are not modelled.
+// writes its target some time after. So a missing wait shows as wrong data. Memory order weaker than the host's is not
+// modelled. Fences between the generic and the async proxy are, by rules that end the process where they are broken:
+//   acquire (by this thread or one it met since)    fence.proxy.async by this thread   bulk load
+//   bulk stores written, by any thread of the CTA   fence.proxy.async by that thread   release by the CTA
+//   plain stores to shared memory, by the warp      fence.proxy.async by the writers   bulk store
 #pragma once
 #include <climits>
 #include <cstddef>
@@ -70,6 +73,13 @@ void load(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
 void store(void* to, const void* from, uint32_t bytes);
 void commit();
 void wait_stores(int pending, bool written);
+
+// For the rules above.
+void acquired();
+void released();
+void wrote_shared();
+void fence_async();
+void fence_async_shared();
 
 struct Mbarrier {
     uint16_t count, pending;

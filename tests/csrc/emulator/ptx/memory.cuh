@@ -4,16 +4,20 @@
 namespace megamoe::ptx {
 inline uint64_t load_acquire_sys(const uint64_t* address) {
     emulator::yield();
+    emulator::acquired();
     return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
 inline uint64_t load_relaxed_sys(const uint64_t* address) { return __atomic_load_n(address, __ATOMIC_RELAXED); }
 inline void store_release_sys(uint64_t* address, uint64_t value) {
     emulator::yield();
+    emulator::released();
     __atomic_store_n(address, value, __ATOMIC_RELEASE);
 }
 inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
 inline int add_acq_rel_gpu(int* address, int value) {
     emulator::yield();
+    emulator::released();
+    emulator::acquired();
     return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
 inline int load_int(const int* address) { return *address; }

@@ -8,5 +8,5 @@ void tma_store_wait_read() {
     emulator::wait_stores(kPending, false);
 }
 inline void tma_store_wait_all() { emulator::wait_stores(0, true); }
-inline void fence_async_shared() {}
+inline void fence_async_shared() { emulator::fence_async_shared(); }
 }  // namespace megamoe::ptx

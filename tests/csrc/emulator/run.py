@@ -1,0 +1,171 @@
+"""Virtual ranks on the emulator, in a process of its own: `python -m tests.csrc.emulator.run LIBRARY SEED CASE ...`.
+
+The library defines the operators that the CUDA extension defines elsewhere: both cannot be loaded at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+
+import torch
+
+from megamoe_train import ops, ops_comm
+from tests.gpu.virtual import Data, Load, Ranks, assert_same, run_layer, twins_of
+
+DELAY_MS = 30
+DEADLINE_S = 20.0  # threads of two cores take turns; nothing here should ever wait so long
+
+
+class EmulatedRanks(Ranks):
+    """Ranks on the CPU, every rank on its own stream. Tensors are kept: no allocator here knows of streams."""
+
+    device = "cpu"
+    library: ctypes.CDLL
+    deadline_s = DEADLINE_S
+    current = 1
+    count = 0
+
+    def __init__(self, load: Load, hidden: int = 256):
+        self.kept = []
+        super().__init__(load, hidden, streams=True, deadline_s=self.deadline_s)
+
+    def new_stream(self) -> int:
+        EmulatedRanks.count += 1
+        return EmulatedRanks.count
+
+    def synchronize(self) -> None:
+        failed = self.library.emulator_synchronize()
+        for workspace in self.workspaces:
+            workspace.guard.check()
+        assert not failed, "a kernel trapped and left no record"
+
+    def delay(self, rank: int) -> None:
+        self.library.emulator_delay(ctypes.c_uint64(self.streams[rank]), DELAY_MS)
+
+    @contextlib.contextmanager
+    def on(self, rank: int):
+        before, EmulatedRanks.current = EmulatedRanks.current, self.streams[rank]
+        yield
+        EmulatedRanks.current = before
+
+    def each(self, call, *lists) -> list:
+        results = super().each(call, *lists)
+        self.kept.append((results, lists))
+        return results
+
+
+def layer(load: Load, hidden: int, steps: int = 2, **options) -> None:
+    """Plan, forward and backward of some steps, each with another rank late."""
+    ranks = EmulatedRanks(load, hidden)
+    for step in range(steps):
+        run_layer(ranks, Data(load, hidden, step, "cpu"), late=step % load.ranks, **options)
+
+
+def plans(load: Load, sizing: str, dtype: torch.dtype) -> None:
+    """Plans of three epochs (both parities), each with another rank late."""
+    ranks = EmulatedRanks(load)
+    for seed in range(3):
+        ids = load.ids(seed)
+        twins = twins_of(ids, load.experts)
+        for workspace in ranks.workspaces:
+            workspace.high_water = max(twin.num_rows for twin in twins)
+        ranks.delay(seed % load.ranks)
+        made = ranks.plan([given.to(dtype) for given in ids], sizing)
+        ranks.synchronize()
+        for plan, twin in zip(made, twins, strict=True):
+            assert_same(plan, twin)
+
+
+def rank_without_rows_runs_ahead() -> None:
+    """Rank 1 brings no token and owns no row, so that only the protocol holds it back; ranks 0 and 2 are late."""
+    load = Load("first_and_last", (3, 0, 2), 1, 3)
+    ranks = EmulatedRanks(load)
+    for step in range(2):
+        run_layer(ranks, Data(load, 256, step, "cpu"), late=2 * step)
+
+
+def dispatches_back_to_back() -> None:
+    """One staging buffer, new rows each time, the peer late: only its acknowledgements protect what it pulls."""
+    load = Load("uniform", (12, 20), 2, 4)
+    ranks = EmulatedRanks(load)
+    data = [Data(load, 256, seed, "cpu") for seed in range(3)]
+    plans_now = data[0].plans(ranks)
+    ranks.synchronize()
+    ranks.delay(1)
+    pools = [ranks.dispatch(plans_now, one.xs, one.ps) for one in data]
+    ranks.synchronize()
+    for one, pool in zip(data, pools, strict=True):
+        data[0].xs, data[0].ps = one.xs, one.ps
+        data[0].check_rows(pool)
+
+
+def overflow() -> None:
+    """The same verdict at every rank; nothing is written; the next plan works."""
+    load = Load("hot_rank", (40, 9), 2, 8)
+    ids, ranks = load.ids(), EmulatedRanks(load)
+    most = max(twin.num_rows for twin in twins_of(ids, load.experts))
+    made = ranks.plan(ids, "fixed", capacity=most - 128)
+    pools = ranks.dispatch(made, [torch.randn(t, 256).bfloat16() for t in load.tokens])
+    ranks.synchronize()
+    for plan, (pool, _) in zip(made, pools, strict=True):
+        try:
+            plan.settle()
+            raise AssertionError("no overflow")
+        except ops_comm.RowOverflow as error:
+            assert f"rank 0 has room for {most - 128} rows; this routing needs up to {most}" in str(error), error
+        assert pool.isnan().all(), "a plan that does not fit wrote rows"
+        ops_comm.grow(plan)
+    run_layer(ranks, Data(load, 256, 1, "cpu"), late=1)
+
+
+def bad_ids() -> None:
+    """Named alike on every rank; the next plan works."""
+    load = Load("uniform", (30, 50), 4, 16)
+    ranks = EmulatedRanks(load)
+    ids = load.ids()
+    ids[1][43, 2], ids[1][45, 0] = 16, -7
+    for plan in ranks.plan(ids):
+        try:
+            plan.settle()
+            raise AssertionError("no error")
+        except ValueError as error:
+            assert "got expert 16 at rank 1, token 43, k = 2" in str(error), error
+    run_layer(ranks, Data(load, 256, 1, "cpu"), late=0)
+
+
+CASES = {
+    "layer of 4 ranks, one without tokens": lambda: layer(Load("hot_rank", (7, 0, 128, 1), 6, 64), 1024),
+    "layer of 2 ranks, rows in pieces": lambda: layer(Load("some_dropped", (9, 40), 2, 8), 4608, num_sms=3),
+    "layer of 2 ranks, several rows a unit": lambda: layer(Load("zipf", (60, 33), 4, 16), 256, num_sms=2),
+    "layer of 8 ranks": lambda: layer(Load("hot_expert", (5, 7, 1, 0, 20, 3, 2, 1), 2, 64), 512, steps=1),
+    "layer of 1 rank": lambda: layer(Load("some_dropped", (50,), 4, 8), 768),
+    "layer of no token": lambda: layer(Load("uniform", (0, 0), 2, 8), 256),
+    "a rank without rows runs ahead": rank_without_rows_runs_ahead,
+    "dispatches back to back": dispatches_back_to_back,
+    "plans, int64, exact": lambda: plans(Load("zipf", (300, 1100), 2, 96), "exact", torch.int64),
+    "plans, int32, high water": lambda: plans(Load("some_dropped", (7, 130, 0, 64), 6, 384), "high_water", torch.int32),
+    "overflow": overflow,
+    "bad ids": bad_ids,
+}
+
+
+def main(library: str, seed: str, *names: str, deadline_s: float = DEADLINE_S) -> None:
+    torch.set_num_threads(1)
+    torch.ops.load_library(library)
+    EmulatedRanks.library, EmulatedRanks.deadline_s = ctypes.CDLL(library), deadline_s
+    EmulatedRanks.library.emulator_configure(2, 30 + int(seed) * 17 % 60, ctypes.c_uint64(1000 * int(seed) + 1))
+    ops.load = lambda: None
+    ops_comm._stream = lambda workspace: EmulatedRanks.current
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
+    for name in names:
+        CASES[name]()
+        print("passed", name, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # the emulator's workers wait for ever

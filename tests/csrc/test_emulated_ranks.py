@@ -1,0 +1,118 @@
+"""Plan, dispatch and combine kernels on the CPU (emulator/): several ranks that really wait for each other, one late,
+copies that land late and in any order. Mutations of waits, fences and signals must be caught.
+
+Two fences have no mutation here, since no rule of the emulator needs them: `fence.acq_rel.sys` in `signal`, which the
+release store after it implies for the writes ordered before it by a barrier (it stands for the reader), and the fence
+of the announcing thread, which repeats for the staging copies what every puller does after its acquire.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import distributed
+
+from .emulator import build, run
+
+TIMEOUT_S = 240  # of two cores that others use as well
+MUTATION_DEADLINE_S = 5.0
+FIRST, PIECES, AHEAD = (
+    "layer of 4 ranks, one without tokens",
+    "layer of 2 ranks, rows in pieces",
+    "a rank without rows runs ahead",
+)
+SMALL_ROWS, PLANS = "layer of 2 ranks, several rows a unit", "plans, int32, high water"
+EARLY = "if (!last_cta(params.control + kRowTicket, gridDim.x)) return;\n    if (threadIdx.x >= peers.ranks) return;"
+MUTATIONS = {
+    # what: (file, text, what replaces it, case that must fail)
+    "rows pulled before they are announced": (
+        "roles/dispatch.cuh", "if (unseen) wait_ready(peers, rank, expected);", "", PIECES),
+    "no proxy fence between announcement and bulk load": (
+        "roles/dispatch.cuh", "__syncwarp();\n    ptx::fence_async();", "__syncwarp();", PIECES),
+    "staging overwritten before it was pulled": (
+        "kernels/dispatch.cu", "    wait_pulled_kernel<<<1, kMaxRanks, 0, stream>>>(params);\n", "",
+        "dispatches back to back"),
+    "sum before the pushes": (
+        "kernels/combine.cu", "if (params.peers.ranks > 1) wait_pushed_kernel<<<1, kMaxRanks, 0, stream>>>(params);",
+        "", FIRST),
+    "pushed announced by the first CTA": ("kernels/combine.cu", EARLY, EARLY.replace("!last_cta", "last_cta"), PIECES),
+    "rows not written when the warp is done": ("roles/mover.cuh", "ptx::tma_store_wait_all();", "", PIECES),
+    "no proxy fence between bulk stores and release": (
+        "roles/mover.cuh", "ptx::tma_store_wait_all();\n        ptx::fence_async();", "ptx::tma_store_wait_all();",
+        PIECES),
+    "a stage filled again while it is being stored": (
+        "roles/mover.cuh", "ptx::tma_store_wait_read<kStages - kLag - 1>();", "", PIECES),
+    "a row stored before it landed": (
+        "roles/mover.cuh", "wait(&shared_.full[stage], (stored_ / kStages) & 1, deadline_, Waiting::kRowLanded);", "",
+        PIECES),
+    "zeros stored without a fence": ("roles/mover.cuh", "ptx::fence_async_shared();", "", SMALL_ROWS),
+    "counts read before they are sent": (
+        "kernels/plan.cu",
+        "wait_word(peers, words(peers, peers.rank, peers.layout.counted) + threadIdx.x, epoch, Waiting::kCounts,\n"
+        "                  threadIdx.x);", "", PLANS),
+    "lists read before they are sent": (
+        "kernels/plan.cu",
+        "wait_word(peers, words(peers, peers.rank, peers.layout.listed) + threadIdx.x, epoch, Waiting::kRowSources,\n"
+        "                  threadIdx.x);", "", PLANS),
+    "one word for all announcements, a rank that runs ahead": (
+        "layout/workspace.cuh", "constexpr int kReadySlots = 4;", "constexpr int kReadySlots = 1;", AHEAD),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    return build.build(tmp_path_factory.mktemp("emulated"))
+
+
+def start(library: Path, seed: int, names: list[str], log: Path, deadline_s: float = run.DEADLINE_S):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(distributed.PRELOAD)
+    process = context.Process(target=_child, args=(str(library), seed, names, str(log), deadline_s))
+    process.start()
+    return process
+
+
+def _child(library: str, seed: int, names: list[str], log: str, deadline_s: float) -> None:
+    os.environ["MEGAMOE_RECORD_DIR"] = os.path.dirname(log)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    code = 1
+    try:
+        run.main(library, str(seed), *names, deadline_s=deadline_s)
+        code = 0
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the emulator's threads wait for ever
+
+
+def test_every_case(library, tmp_path):
+    log = tmp_path / "log"
+    process = start(library, 0, list(run.CASES), log)
+    process.join(TIMEOUT_S)
+    assert process.exitcode == 0, log.read_text()
+    assert [line for line in log.read_text().splitlines() if line.startswith("passed")] == [
+        f"passed {name}" for name in run.CASES
+    ]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutation_is_caught(mutation, library, tmp_path):
+    name, old, new, case = MUTATIONS[mutation]
+    changed = build.build(tmp_path, {name: (old, new)}, base=library.parent)
+    for seed in range(6):
+        log = tmp_path / f"log{seed}"
+        process = start(changed, seed, [case], log, MUTATION_DEADLINE_S)
+        process.join(TIMEOUT_S)
+        if process.exitcode != 0:
+            process.kill()
+            print(log.read_text())
+            return
+    pytest.fail(f"{mutation}: nothing noticed it")
