@@ -21,7 +21,7 @@ void workspace_layout(Tensor shape, Tensor out) {
 
 int64_t plan_scratch(int64_t slots, int64_t experts) { return megamoe::plan_scratch(slots, experts); }
 
-void plan(int64_t phase, Tensor handle, Tensor ids, int64_t capacity, Tensor block_counts, Tensor control,
+void plan(int64_t phase, Tensor handle, Tensor ids, int64_t row_tile, int64_t capacity, Tensor block_counts, Tensor control,
           int64_t status, Tensor slot_of, Tensor ids_out, Tensor counts, Tensor expert_rows, Tensor expert_offset,
           OptionalTensor source_of, int64_t stream) {
     megamoe::PlanArgs args{};
@@ -33,6 +33,7 @@ void plan(int64_t phase, Tensor handle, Tensor ids, int64_t capacity, Tensor blo
                     "megamoe: ids must be a contiguous [T, ", args.workspace.top_k, "]");
     args.ids = ids.data_ptr();
     args.tokens = ids.size(0);
+    args.row_tile = static_cast<int>(row_tile);
     args.capacity = capacity;
     args.block_counts = ints(block_counts, 0, "block_counts");
     args.block_counts_size = block_counts.numel();
@@ -77,6 +78,24 @@ void rows(int64_t phase, Tensor handle, int64_t op, int64_t buffer, int64_t toke
     megamoe::run_rows(static_cast<megamoe::RowsPhase>(phase), args);
 }
 
+// map bool, probs fp32 [T, E] -> ids int32, weights fp32 [T, K].
+void routing(Tensor map, Tensor probs, Tensor ids, Tensor weights, int64_t stream) {
+    STD_TORCH_CHECK(map.dim() == 2 && ids.dim() == 2 && ids.size(0) == map.size(0),
+                    "megamoe: map must be [T, E], ids [T, K]");
+    megamoe::RoutingArgs args{};
+    args.map = megamoe::elements<void>(map, ScalarType::Bool, 0, "map");
+    args.probs = megamoe::elements<float>(probs, ScalarType::Float, map.numel(), "probs");
+    args.ids = ints(ids, 0, "ids");
+    args.weights = megamoe::elements<float>(weights, ScalarType::Float, ids.numel(), "weights");
+    args.tokens = map.size(0), args.experts = map.size(1), args.top_k = ids.size(1);
+    args.stream = reinterpret_cast<cudaStream_t>(stream);
+    megamoe::run_routing(args);
+}
+
+void bulk_copy(int64_t source, int64_t target, int64_t bytes, int64_t num_sms, int64_t stream) {
+    megamoe::run_copy(source, target, bytes, static_cast<int>(num_sms), reinterpret_cast<cudaStream_t>(stream));
+}
+
 void abort_peers(Tensor handle, int64_t stream) {
     megamoe::run_abort(handle_of(handle), reinterpret_cast<cudaStream_t>(stream));
 }
@@ -87,18 +106,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
     m.def("workspace_layout(Tensor shape, Tensor(a!) out) -> ()");
     m.def("plan_scratch(int slots, int experts) -> int");
     m.def(
-        "plan(int phase, Tensor handle, Tensor ids, int capacity, Tensor(a!) block_counts, Tensor(b!) control,"
-        " int status, Tensor(c!) slot_of, Tensor(d!) ids_out, Tensor(e!) counts, Tensor(f!) expert_rows,"
+        "plan(int phase, Tensor handle, Tensor ids, int row_tile, int capacity, Tensor(a!) block_counts,"
+        " Tensor(b!) control, int status, Tensor(c!) slot_of, Tensor(d!) ids_out, Tensor(e!) counts, Tensor(f!) expert_rows,"
         " Tensor(g!) expert_offset, Tensor(h!)? source_of, int stream) -> ()");
     m.def(
         "rows(int phase, Tensor handle, int op, int buffer, int tokens, Tensor plan_control, Tensor source_of,"
         " Tensor expert_offset, Tensor slot_of, Tensor ids, Tensor(a!)? pool, Tensor? tokens_in,"
         " Tensor(b!)? tokens_out, Tensor? weights, Tensor(c!)? row_weights, Tensor(d!)? dweights, Tensor(e!) control,"
         " int num_sms, int stream) -> ()");
+    m.def("routing(Tensor map, Tensor probs, Tensor(a!) ids, Tensor(b!) weights, int stream) -> ()");
+    m.def("bulk_copy(int source, int target, int bytes, int num_sms, int stream) -> ()");
     m.def("abort_peers(Tensor handle, int stream) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) { m.impl("plan_scratch", TORCH_BOX(&plan_scratch)); }
+STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) {
+    m.impl("plan_scratch", TORCH_BOX(&plan_scratch));
+    m.impl("bulk_copy", TORCH_BOX(&bulk_copy));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) {
     m.impl("workspace_layout", TORCH_BOX(&workspace_layout));
@@ -108,4 +132,5 @@ STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CUDA, m) {
     m.impl("plan", TORCH_BOX(&plan));
     m.impl("rows", TORCH_BOX(&rows));
+    m.impl("routing", TORCH_BOX(&routing));
 }

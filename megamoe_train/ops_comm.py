@@ -19,6 +19,7 @@ from .workspace import Shape, Workspace
 
 MAX_ROWS = 2**31 - 1
 POLLS_PER_QUERY = 256
+TOO_MANY_EXPERTS = -(2**31)  # csrc/kernels/routing.cuh: kTooManyExperts
 
 
 class Op(IntEnum):
@@ -60,6 +61,7 @@ class DevicePlan:
     expert_rows: Tensor  # [L] int32
     expert_offset: Tensor  # [L+1] int32
     source_of: Tensor | None  # [capacity] int64; rows from M on are not written
+    row_tile: int = ROW_TILE  # every expert's segment starts at a multiple: ROW_TILE, or 1 where nothing is padded
     rows: int | None = None  # M, once `settle` has read the verdict
 
     @property
@@ -106,6 +108,9 @@ class DevicePlan:
 def read_verdict(status: Tensor, shape: Shape) -> int:
     """M of this rank from a verdict that the device has written. Raises what `settle` raises."""
     _, code, rank, position, value, rows, most, _ = status.tolist()
+    if code == PlanCode.BAD_ID and value == TOO_MANY_EXPERTS:
+        who = f"token {position // shape.top_k} of rank {rank}"
+        raise ValueError(f"routing_map: {who} is routed to more than top_k = {shape.top_k} experts; allowed: no more")
     if code == PlanCode.BAD_ID:
         where = f"rank {rank}, token {position // shape.top_k}, k = {position % shape.top_k}"
         raise ValueError(f"topk_ids: got expert {value} at {where}; allowed: -1 (dropped) and 0..{shape.experts - 1}")
@@ -133,10 +138,11 @@ def _stream(workspace: Workspace) -> int:
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 
-def plan_count(workspace: Workspace, ids: Tensor, capacity: int) -> DevicePlan:
+def plan_count(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int = ROW_TILE) -> DevicePlan:
     """Step 1: counts this rank's slots and sends them. ids `[T, K]` int64 or int32, -1 = dropped.
 
-    capacity: rows this rank has room for; MAX_ROWS where they are allocated after the verdict.
+    capacity: rows this rank has room for; MAX_ROWS where they are allocated after the verdict. row_tile: ROW_TILE, or 1
+    for segments without padding; the same on every rank.
     """
     shape = workspace.shape
     if ids.dim() != 2 or ids.shape[1] != shape.top_k or ids.shape[0] > shape.tokens:
@@ -161,6 +167,7 @@ def plan_count(workspace: Workspace, ids: Tensor, capacity: int) -> DevicePlan:
         expert_rows=new(local),
         expert_offset=new(local + 1),
         source_of=None,
+        row_tile=row_tile,
     )
     _plan_step(plan, 0)
     return plan
@@ -183,28 +190,30 @@ def plan_sources(plan: DevicePlan, rows: int | None = None) -> DevicePlan:
 def _plan_step(plan: DevicePlan, phase: int) -> None:
     workspace = plan.workspace
     torch.ops.megamoe.plan(
-        phase, workspace.handle, plan.ids, plan.capacity, plan.block_counts, plan.control, plan.status.data_ptr(),
-        plan.slot_of, plan.topk_ids, plan.counts, plan.expert_rows, plan.expert_offset, plan.source_of,
-        _stream(workspace),
+        phase, workspace.handle, plan.ids, plan.row_tile, plan.capacity, plan.block_counts, plan.control,
+        plan.status.data_ptr(), plan.slot_of, plan.topk_ids, plan.counts, plan.expert_rows, plan.expert_offset,
+        plan.source_of, _stream(workspace),
     )  # fmt: skip
 
 
-def build_plan(workspace: Workspace, ids: Tensor, *, sizing: str = "high_water", capacity: int = 0) -> DevicePlan:
-    """The whole plan. Collective: every rank calls it with the same `sizing`.
+def build_plan(
+    workspace: Workspace, ids: Tensor, *, sizing: str = "high_water", capacity: int = 0, row_tile: int = ROW_TILE
+) -> DevicePlan:
+    """The whole plan. Collective: every rank calls it with the same `sizing` and `row_tile`.
 
     "high_water": capacity of the largest load seen, the host reads nothing; `settle()` tells of an overflow, after
     which `grow` and another call. "fixed": `capacity` rows, for good. "exact": the host waits for M and allocates it.
     """
     with workspace.guard.watch():
         if sizing == "exact":
-            plan = plan_count(workspace, ids, MAX_ROWS)
+            plan = plan_count(workspace, ids, MAX_ROWS, row_tile)
             plan_place(plan)
             return plan_sources(plan, max(plan.settle(), ROW_TILE))  # tensor maps describe no empty pool
         if sizing == "high_water":
             workspace.high_water = capacity = workspace.high_water or first_capacity(workspace)
         elif sizing != "fixed":
             raise ValueError(f"sizing: got {sizing!r}; allowed: 'high_water', 'fixed', 'exact'")
-        plan = plan_count(workspace, ids, capacity)
+        plan = plan_count(workspace, ids, capacity, row_tile)
         plan_place(plan)
         return plan_sources(plan)
 
@@ -314,8 +323,9 @@ def dispatch(plan: DevicePlan, x_TH: Tensor, weights_TK: Tensor | None = None, *
 
     With weights `[T,K]` fp32 also each row's own, `[capacity]`. The dual of `combine`. Collective.
     """
-    transfer, pool, row_weights = start_dispatch(plan, x_TH, weights_TK, **options)
-    transfer.run()
+    with plan.workspace.launching():
+        transfer, pool, row_weights = start_dispatch(plan, x_TH, weights_TK, **options)
+        transfer.run()
     return pool, row_weights
 
 
@@ -324,6 +334,7 @@ def combine(plan: DevicePlan, rows_MH: Tensor, row_dweights_M: Tensor | None = N
 
     With a value per row (dp) also `[T,K]` of them, dropped slots zero. Collective.
     """
-    transfer, y_TH, dweights = start_combine(plan, rows_MH, row_dweights_M, **options)
-    transfer.run()
+    with plan.workspace.launching():
+        transfer, y_TH, dweights = start_combine(plan, rows_MH, row_dweights_M, **options)
+        transfer.run()
     return y_TH, dweights

@@ -6,7 +6,8 @@ tokens of a rank, K top-k, E experts in all, R ranks, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -241,6 +242,20 @@ class Workspace:
         if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
             self.kept_slots.add(slot)
         return self.statuses[slot].zero_()
+
+    @contextlib.contextmanager
+    def launching(self) -> Iterator[None]:
+        """Around one rank's part of a collective call. A rank that fails in it (out of memory) ends the others' waits
+        at once, by name; what follows a failed wait of its own is raised as MegaMoETimeout."""
+        with self.guard.watch():
+            try:
+                yield
+            except watchdog.MegaMoETimeout:
+                raise
+            except Exception:
+                if self.shape.ranks > 1 and self.guard.failure() is None:
+                    self.abort()
+                raise
 
     def abort(self) -> None:
         """This rank's host has failed: every wait of every rank ends at once. Nothing works afterwards."""

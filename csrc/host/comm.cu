@@ -6,7 +6,9 @@
 
 #include "host/checks.hpp"
 #include "kernels/plan.cuh"
+#include "kernels/routing.cuh"
 #include "kernels/rows.cuh"
+#include "schedule/grouped.cuh"
 
 namespace megamoe {
 namespace {
@@ -47,6 +49,8 @@ void run_plan(PlanPhase phase, const PlanArgs& args) {
     params.experts = static_cast<int>(args.workspace.experts);
     params.chunk = plan_chunk(slots);
     params.blocks = plan_blocks(slots);
+    require(args.row_tile == 1 || args.row_tile == kRowTile, "row_tile", args.row_tile, "1, 128");
+    params.row_tile = args.row_tile;
     params.capacity = static_cast<int>(args.capacity < INT_MAX ? args.capacity : INT_MAX);
     params.block_counts = args.block_counts;
     params.control = args.control;
@@ -99,6 +103,27 @@ void run_rows(RowsPhase phase, const RowsArgs& args) {
         case RowsPhase::kSum: return check(launch_sum(params, args.stream), "launching combine's sum");
     }
     throw std::runtime_error("megamoe: unknown phase of a dispatch or combine");
+}
+
+void run_routing(const RoutingArgs& args) {
+    require(args.tokens <= INT_MAX && args.experts >= 1 && args.experts <= INT_MAX, "experts", args.experts, "1..2^31");
+    require(args.top_k >= 1 && args.top_k <= args.experts, "top_k", args.top_k, "1..experts");
+    const RoutingParams params{static_cast<const unsigned char*>(args.map),
+                               args.probs,
+                               args.ids,
+                               args.weights,
+                               static_cast<int>(args.tokens),
+                               static_cast<int>(args.experts),
+                               static_cast<int>(args.top_k)};
+    check(launch_routing(params, args.stream), "launching routing");
+}
+
+void run_copy(int64_t source, int64_t target, int64_t bytes, int num_sms, cudaStream_t stream) {
+    require(bytes % kMoverStageBytes == 0, "bytes", bytes, "multiples of 8192");
+    const Deadline deadline{10'000'000'000ull, nullptr, 0};
+    check(launch_copy(reinterpret_cast<const void*>(source), reinterpret_cast<void*>(target), bytes / kMoverStageBytes,
+                      num_sms > 0 ? num_sms : sm_count(), deadline, stream),
+          "launching copy");
 }
 
 void run_abort(const WorkspaceHandle& workspace, cudaStream_t stream) {

@@ -31,6 +31,7 @@ struct PlanArgs {
     const void* ids;
     bool wide_ids;
     int64_t tokens;
+    int row_tile;
     int64_t capacity;
     int* block_counts;
     int64_t block_counts_size;
@@ -74,6 +75,22 @@ struct RowsArgs {
 };
 
 void run_rows(RowsPhase phase, const RowsArgs& args);
+
+struct RoutingArgs {
+    const void* map;
+    const float* probs;
+    int* ids;
+    float* weights;
+    int64_t tokens;
+    int64_t experts;
+    int64_t top_k;
+    cudaStream_t stream;
+};
+
+void run_routing(const RoutingArgs& args);
+
+// Device addresses, a multiple of 8192 bytes.
+void run_copy(int64_t source, int64_t target, int64_t bytes, int num_sms, cudaStream_t stream);
 
 void run_abort(const WorkspaceHandle& workspace, cudaStream_t stream);
 

@@ -1,7 +1,5 @@
 #include "kernels/plan.cuh"
 
-#include "schedule/grouped.cuh"
-
 namespace megamoe {
 namespace {
 
@@ -18,9 +16,9 @@ __device__ __forceinline__ bool is_expert(const PlanParams& params, long long id
     return id >= 0 && id < params.experts;
 }
 
-// An id for an error message; int64 ones beyond int32 are shown as its ends.
+// An id for an error message; int64 ones beyond int32 are shown as its ends (INT_MIN itself: kTooManyExperts).
 __device__ __forceinline__ int shown_id(long long id) {
-    return static_cast<int>(id < INT_MIN ? INT_MIN : id > INT_MAX ? INT_MAX : id);
+    return static_cast<int>(id < INT_MIN ? -INT_MAX : id > INT_MAX ? INT_MAX : id);
 }
 
 // block_counts[b][e] becomes the sum over the CTAs before b; the totals go to every peer. By the last CTA.
@@ -134,7 +132,7 @@ __host__ __device__ constexpr int place_bytes(int experts) {
     return 8 * (experts + 1) + 8 * experts + 2 * kWarps * experts;
 }
 
-__device__ __forceinline__ int padded_rows(int rows) { return (rows + kRowTile - 1) / kRowTile * kRowTile; }
+__device__ __forceinline__ int padded_rows(int rows, int tile) { return (rows + tile - 1) / tile * tile; }
 
 // Row offsets of every expert at its owner, from the counts of all ranks. Every CTA computes them for itself.
 __device__ void offsets(const PlanParams& params, uint32_t epoch, const ExpertTables& t, PlaceShared& shared) {
@@ -151,7 +149,7 @@ __device__ void offsets(const PlanParams& params, uint32_t epoch, const ExpertTa
                 rows += count;
             }
             t.row[e] = earlier;
-            value = static_cast<uint64_t>(padded_rows(rows)) | static_cast<uint64_t>(mine) << 32;
+            value = static_cast<uint64_t>(padded_rows(rows, params.row_tile)) | static_cast<uint64_t>(mine) << 32;
         }
         uint64_t total;
         const uint64_t before = scan_exclusive(value, shared.warp_sums, total);

@@ -38,6 +38,7 @@ struct PlanParams {
     int experts;        // E
     int chunk;          // slots per CTA, a multiple of kPlanThreads
     int blocks;         // CTAs of plan_count and plan_place
+    int row_tile;       // every expert's segment starts at a multiple of it
     int capacity;       // rows that source_of holds; INT_MAX while it is not allocated yet
     int* block_counts;  // [blocks, E]
     int* control;       // [kPlanControlInts]

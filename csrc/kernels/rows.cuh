@@ -19,6 +19,10 @@ cudaError_t launch_pull(const RowsParams& params, int num_sms, cudaStream_t stre
 cudaError_t launch_push(const RowsParams& params, int num_sms, cudaStream_t stream);
 cudaError_t launch_sum(const RowsParams& params, cudaStream_t stream);
 
+// Copies `pieces` pieces of kMoverStageBytes by the same warps: the floor of pull and push.
+cudaError_t launch_copy(const void* source, void* target, int64_t pieces, int num_sms, const Deadline& deadline,
+                        cudaStream_t stream);
+
 // Raises the abort word at every rank: the host of this one has failed.
 cudaError_t launch_abort(const Peers& peers, cudaStream_t stream);
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import gemm, layer
+from . import dispatch, gemm, layer
 
 
 def commit() -> str:
@@ -34,6 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--modes", nargs="+", choices=["paced", "sustained"], default=["paced", "sustained"])
     one.add_argument("--iterations", type=int, default=30)
     one.add_argument("--json", type=Path, help="also write the rows here")
+    dispatch.add_arguments(tables)
     layer.add_arguments(tables)
     return parser.parse_args(argv)
 
@@ -46,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit()}")
     if args.table == "layer":
         return layer.main(args, commit())
-    rows = gemm.run(args.shapes, args.groups, args.products, args.modes, args.iterations)
+    if args.table == "dispatch":
+        rows = dispatch.run(args)
+    else:
+        rows = gemm.run(args.shapes, args.groups, args.products, args.modes, args.iterations)
     if args.json:
         header = {"device": torch.cuda.get_device_name(), "commit": commit(), "backend": "fused"}
         args.json.write_text(json.dumps({**header, "rows": rows}, indent=1))

@@ -19,6 +19,7 @@ from torch import Tensor
 from megamoe_train import autograd
 from megamoe_train.backends import Plan
 from megamoe_train.plan import DROPPED, build_plan
+from megamoe_train.staged import Flight, Staged
 
 
 def topk_ids_of(routing_map_TE: Tensor, top_k: int) -> Tensor:
@@ -48,6 +49,7 @@ class _Forward:
     shape: torch.Size  # of the hidden states, [S, B, H]
     topk_ids: Tensor  # [T, K]
     plan: Plan | None = None
+    flight: Flight | None = None  # staged on CUDA
 
 
 class MegaMoETokenDispatcher(MoETokenDispatcher):
@@ -69,17 +71,27 @@ class MegaMoETokenDispatcher(MoETokenDispatcher):
         self.paired = paired
         # What makes a plan of ids [T, K]; install puts the fused backend's here.
         self.planner = functools.partial(build_plan, num_experts=self.num_experts, group=self.ep_group)
+        # What moves the rows of the staged mode on CUDA; None: torch's collectives, on any device.
+        self.staged: Staged | None = None
         self._forward: _Forward | None = None
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states `[..., H]`, routing_map and probs `[T,E]` -> x `[T,H]`, weights `[T,K]`."""
-        topk_ids = topk_ids_of(routing_map, self.config.moe_router_topk)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.staged is not None:
+            topk_ids, weights = self.staged.route(routing_map, probs)
+        else:
+            topk_ids = topk_ids_of(routing_map, self.config.moe_router_topk)
+            weights = topk_weights_of(probs, topk_ids)
         self._forward = _Forward(hidden_states.shape, topk_ids)
-        return hidden_states.reshape(-1, hidden_states.shape[-1]), topk_weights_of(probs, topk_ids)
+        return x, weights
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Builds the plan. Paired: x and the weights stay. Staged: -> rows `[sum(rows), H]`, one weight per row."""
         now = self._forward
+        if self.staged is not None:
+            now.flight, rows, weights = self.staged.dispatch(hidden_states, now.topk_ids, probs)
+            return rows, weights
         now.plan = plan = self.planner(now.topk_ids)
         if self.paired:
             return hidden_states, probs
@@ -89,12 +101,14 @@ class MegaMoETokenDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Plan | Tensor, Tensor]:
         """The experts' three arguments; the middle one is the plan (paired) or the rows of each local expert."""
-        plan = self._forward.plan
+        plan, flight = self._forward.plan, self._forward.flight
+        if flight is not None:
+            return hidden_states, flight.expert_rows, probs
         return hidden_states, plan if self.paired else plan.expert_rows, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Staged: rows back to their padded places, `[sum(rows), H]` -> `[M,H]`."""
-        if self.paired:
+        """Staged: rows back to their padded places, `[sum(rows), H]` -> `[M,H]`; on the kernels there is no padding."""
+        if self.paired or self.staged is not None:
             return hidden_states
         plan = self._forward.plan
         padded = hidden_states.new_zeros(plan.num_rows, hidden_states.shape[1])
@@ -102,6 +116,8 @@ class MegaMoETokenDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Staged: `[M,H]` -> `[T,H]`, each token's plain sum over its experts."""
+        if self.staged is not None:
+            return self.staged.combine(self._forward.flight, hidden_states)
         return hidden_states if self.paired else autograd.combine(hidden_states, self._forward.plan, self.ep_group)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:

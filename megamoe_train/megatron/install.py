@@ -110,6 +110,10 @@ def _take_over(layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
     if hasattr(layer.experts, "config"):
         # SequentialMLP copies the config where ffn_hidden_size differs, and did so under the borrowed name.
         layer.experts.config.moe_token_dispatcher_type = NAME
+    if not paired:
+        layer.token_dispatcher.staged = workspaces.staged(
+            layer, pg_collection.ep, backend=_options.backend, tokens=_options.tokens, deadline_s=_options.deadline_s
+        )
     if paired:
         validate(layer.config, backend=_options.backend)
         experts.pair(layer.experts, backend=_options.backend, recompute=_options.recompute)

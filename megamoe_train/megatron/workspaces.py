@@ -14,7 +14,14 @@ from torch import Tensor
 
 from megamoe_train import backends, comm
 from megamoe_train.ops import DEFAULT_DEADLINE_S
+from megamoe_train.staged import Staged
 from megamoe_train.workspace import Shape, Workspace
+
+NO_TOKENS = (
+    "megamoe: tokens: got None with {}; allowed: the most tokens of a rank in one "
+    "micro-batch, by megamoe_train.install(tokens=...) before the model is built. Megatron's own training "
+    "arguments give it by themselves"
+)
 
 _made: dict[tuple[str, Shape, float], Workspace] = {}
 
@@ -41,16 +48,28 @@ def planner(
     workspace = None
     if ranks > 1 or tokens is not None:
         if tokens is None:
-            raise ValueError(
-                "megamoe: tokens: got None with expert parallelism; allowed: the most tokens of a rank in one "
-                "micro-batch, by megamoe_train.install(tokens=...) before the model is built. Megatron's own training "
-                "arguments give it by themselves"
-            )
+            raise ValueError(NO_TOKENS.format("expert parallelism"))
         shape = Shape(ranks, experts, layer.config.moe_router_topk, hidden, tokens)
         workspace = shared(shape, ep_group, deadline_s or DEFAULT_DEADLINE_S)
     return functools.partial(
         backends.get("fused").plan, num_experts=experts, group=ep_group, workspace=workspace, hidden_size=hidden
     )
+
+
+def staged(
+    layer: MoELayer, ep_group: dist.ProcessGroup, *, backend: str, tokens: int | None, deadline_s: float | None
+) -> Staged | None:
+    """What dispatches and combines around a layer's own experts; None where torch's collectives do (the reference).
+
+    Collective over the group where its workspace has to be made. Raises ValueError where `tokens` is None.
+    """
+    if backends.resolve(backend) != "fused":
+        return None
+    if tokens is None:
+        raise ValueError(NO_TOKENS.format("staged experts"))
+    ranks, config = comm.size_of(ep_group), layer.config
+    shape = Shape(ranks, layer.num_local_experts * ranks, config.moe_router_topk, config.hidden_size, tokens)
+    return Staged(shared(shape, ep_group, deadline_s or DEFAULT_DEADLINE_S))
 
 
 def shared(shape: Shape, group: dist.ProcessGroup, deadline_s: float) -> Workspace:

@@ -162,21 +162,29 @@ class Data:
         return pools, values
 
     def check_rows(self, dispatched) -> None:
-        """Rows and their weights on every rank, exactly."""
-        for rank, twin in enumerate(self.twins):
-            pool, weights = dispatched[rank]
-            wanted = expected_rows(self.twins, rank, self.xs, self.load.top_k, False)
-            assert torch.equal(pool[: twin.num_rows], wanted), f"rows of rank {rank}"
+        """Rows and their weights, exactly. dispatched: of every rank, or a dict of some."""
+        for rank, (pool, weights) in _items(dispatched):
+            rows = self.twins[rank].num_rows
+            assert torch.equal(pool[:rows], self._at_rows(rank, self.xs, per_slot=False)), f"rows of rank {rank}"
             flat = [p.flatten() for p in self.ps]
-            wanted = expected_rows(self.twins, rank, flat, self.load.top_k, True)
-            assert torch.equal(weights[: twin.num_rows], wanted), f"row weights of rank {rank}"
+            assert torch.equal(weights[:rows], self._at_rows(rank, flat, per_slot=True)), f"weights of rank {rank}"
 
-    def check(self, dispatched, combined) -> None:
-        """As check_rows; sums and dp too."""
-        self.check_rows(dispatched)
-        for rank, (y, dps) in enumerate(combined):
+    def _at_rows(self, rank: int, values: list[Tensor], per_slot: bool) -> Tensor:
+        return expected_rows(self.twins, rank, values, self.load.top_k, per_slot)
+
+    def check_sums(self, combined) -> None:
+        """Sums and dp, exactly."""
+        for rank, (y, dps) in _items(combined):
             assert torch.equal(y, sum_slots(expected_slots(self.twins, rank, self.rows))), f"y of rank {rank}"
             assert torch.equal(dps, expected_slots(self.twins, rank, self.row_dps)), f"dp of rank {rank}"
+
+    def check(self, dispatched, combined) -> None:
+        self.check_rows(dispatched)
+        self.check_sums(combined)
+
+
+def _items(results):
+    return results.items() if isinstance(results, dict) else enumerate(results)
 
 
 def assert_same(plan: ops_comm.DevicePlan, twin: RoutingPlan) -> None:

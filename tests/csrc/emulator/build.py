@@ -10,7 +10,16 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
-SOURCES = ("kernels/plan.cu", "kernels/dispatch.cu", "kernels/combine.cu", "host/checks.cu", "host/comm.cu", "bindings_comm.cpp")
+SOURCES = (
+    "kernels/plan.cu",
+    "kernels/dispatch.cu",
+    "kernels/combine.cu",
+    "kernels/copy.cu",
+    "kernels/routing.cu",
+    "host/checks.cu",
+    "host/comm.cu",
+    "bindings_comm.cpp",
+)
 
 
 def rewritten(text: str) -> str:
