@@ -21,9 +21,9 @@ void workspace_layout(Tensor shape, Tensor out) {
 
 int64_t plan_scratch(int64_t slots, int64_t experts) { return megamoe::plan_scratch(slots, experts); }
 
-void plan(int64_t phase, Tensor handle, Tensor ids, int64_t row_tile, int64_t capacity, Tensor block_counts, Tensor control,
-          int64_t status, Tensor slot_of, Tensor ids_out, Tensor counts, Tensor expert_rows, Tensor expert_offset,
-          OptionalTensor source_of, int64_t stream) {
+void plan(int64_t phase, Tensor handle, Tensor ids, int64_t row_tile, int64_t capacity, Tensor block_counts,
+          Tensor control, int64_t status, Tensor slot_of, Tensor ids_out, Tensor counts, Tensor expert_rows,
+          Tensor expert_offset, OptionalTensor source_of, int64_t stream) {
     megamoe::PlanArgs args{};
     args.workspace = handle_of(handle);
     const int64_t local = args.workspace.experts / args.workspace.ranks, slots = ids.numel();
@@ -107,7 +107,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
     m.def("plan_scratch(int slots, int experts) -> int");
     m.def(
         "plan(int phase, Tensor handle, Tensor ids, int row_tile, int capacity, Tensor(a!) block_counts,"
-        " Tensor(b!) control, int status, Tensor(c!) slot_of, Tensor(d!) ids_out, Tensor(e!) counts, Tensor(f!) expert_rows,"
+        " Tensor(b!) control, int status, Tensor(c!) slot_of, Tensor(d!) ids_out, Tensor(e!) counts, Tensor(f!) "
+        "expert_rows,"
         " Tensor(g!) expert_offset, Tensor(h!)? source_of, int stream) -> ()");
     m.def(
         "rows(int phase, Tensor handle, int op, int buffer, int tokens, Tensor plan_control, Tensor source_of,"

@@ -174,12 +174,16 @@ def plan_count(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int =
 
 
 def plan_place(plan: DevicePlan) -> None:
-    """Step 2: row offsets, slot_of and the verdict, once every rank has counted."""
+    """Step 2: row offsets, slot_of and the verdict, once every rank has counted. With one rank, source_of too."""
+    if plan.workspace.shape.ranks == 1 and plan.capacity < MAX_ROWS:
+        plan.source_of = torch.empty(plan.capacity, dtype=torch.int64, device=plan.ids.device)
     _plan_step(plan, 1)
 
 
 def plan_sources(plan: DevicePlan, rows: int | None = None) -> DevicePlan:
     """Step 3: source_of, once every rank has placed. rows: room to allocate; None: the capacity told before."""
+    if plan.source_of is not None:
+        return plan
     rows = plan.capacity if rows is None else rows
     plan.source_of = torch.empty(rows, dtype=torch.int64, device=plan.ids.device)
     plan.capacity = rows

@@ -6,6 +6,7 @@ any CUDA call fails with an error that names nothing; a thread here reads the re
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import sys
 import threading
@@ -98,9 +99,14 @@ class Guard:
         arguments = (weakref.ref(self), self._stop)
         self._thread = threading.Thread(target=_watch, args=arguments, name=f"megamoe-watchdog-{rank}", daemon=True)
         self._thread.start()
+        _alive.add(self)
 
     def stop(self) -> None:
+        """Ends the thread, after a last look at the record."""
         self._stop.set()
+        self._thread.join(1.0)
+        if (record := self.failure()) is not None:
+            self.report(record)
 
     def failure(self) -> Record | None:
         return Record.read(self.record)
@@ -136,6 +142,16 @@ class Guard:
         if record is not None:
             self.report(record)
             raise MegaMoETimeout(str(record)) from error
+
+
+# A daemon thread that is inside torch when the interpreter ends takes the process down with it (std::terminate).
+_alive: weakref.WeakSet[Guard] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for guard in list(_alive):
+        guard.stop()
 
 
 def _watch(guard_of: weakref.ref, stop: threading.Event) -> None:

@@ -7,6 +7,7 @@ tokens of a rank, K top-k, E experts in all, R ranks, H hidden.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -27,6 +28,7 @@ MAX_RANKS = 64
 MAX_EXPERTS = 1024
 STATUS_SLOTS = 1024  # plans whose verdict the host has not read yet
 STATUS_INTS = 8
+ABORT_S = 1.0  # for the peers to be told
 SIZINGS = ("high_water", "fixed", "exact")
 LAYOUT_VERSION = 2  # to be raised with any change of csrc/layout/workspace.cuh
 
@@ -258,9 +260,16 @@ class Workspace:
                 raise
 
     def abort(self) -> None:
-        """This rank's host has failed: every wait of every rank ends at once. Nothing works afterwards."""
+        """This rank's host has failed: every wait of every rank ends at once. Nothing works afterwards.
+
+        Returns when the peers have been told, or after a second: the process may end then.
+        """
         ops.load()
-        torch.ops.megamoe.abort_peers(self.handle, torch.cuda.Stream().cuda_stream)
+        stream = torch.cuda.Stream(self.memory.device)
+        torch.ops.megamoe.abort_peers(self.handle, stream.cuda_stream)
+        limit = time.monotonic() + ABORT_S
+        while not stream.query() and time.monotonic() < limit:
+            time.sleep(1e-3)
 
     def close(self) -> None:
         """Gives the memory back. Collective: no rank unmaps what another may still touch. Safe to call twice."""

@@ -65,10 +65,10 @@ def test_an_error_after_a_failed_wait_becomes_a_timeout(guard):
     with pytest.raises(RuntimeError, match="something else") as raised, guard.watch():
         raise RuntimeError("something else")
     assert not isinstance(raised.value, watchdog.MegaMoETimeout)
-    with pytest.raises(watchdog.MegaMoETimeout, match="the pushed rows of a combine of rank 1: another rank has"):
-        with guard.watch():
-            write(guard, what=36, failure=3)
-            raise RuntimeError("CUDA error: unspecified launch failure")
+    message = "the pushed rows of a combine of rank 1: another rank has"
+    with pytest.raises(watchdog.MegaMoETimeout, match=message), guard.watch():
+        write(guard, what=36, failure=3)
+        raise RuntimeError("CUDA error: unspecified launch failure")
 
 
 def test_words_of_an_announcement_are_spelt_out():

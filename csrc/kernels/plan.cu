@@ -227,6 +227,17 @@ __device__ __forceinline__ void each_round(const PlanParams& params, Visit&& vis
     }
 }
 
+// Of one rank's source_of: the rows behind each expert's last one. A plan that does not fit is filled as far as it
+// goes.
+__device__ void fill_padding(const PlanParams& params, uint32_t epoch, const ExpertTables& t) {
+    const Peers& peers = params.peers;
+    for (int e = blockIdx.x; e < params.experts; e += gridDim.x) {
+        const int end = min(low(t.before[e + 1]), params.capacity);
+        const int rows = ptx::load_int(counts_row(peers, peers.rank, epoch, 0) + e);
+        for (int i = low(t.before[e]) + rows + threadIdx.x; i < end; i += kPlanThreads) params.source_of[i] = -1;
+    }
+}
+
 __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(const __grid_constant__ PlanParams params) {
     extern __shared__ uint64_t memory[];
     __shared__ PlaceShared shared;
@@ -264,6 +275,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(const __grid_c
     __syncthreads();
 
     int* list = row_sources(peers, peers.rank, epoch);
+    const bool alone = peers.ranks == 1 && params.source_of != nullptr;  // then plan_sources is not launched
     each_round(params, [&](int slot, bool inside, int id, int order, int equals) {
         const int before = id >= 0 ? warp_counts[id] : 0;
         __syncwarp();
@@ -273,7 +285,9 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(const __grid_c
         params.slot_of[slot] = row;
         params.ids_out[slot] = id;
         if (id >= 0) list[t.list[id] + row] = slot;
+        if (alone && id >= 0 && row < params.capacity) params.source_of[row] = slot;
     });
+    if (alone) fill_padding(params, epoch, t);
     // List -> listed: all CTAs' writers; ticket (atom.acq_rel.gpu); then the last CTA fence.acq_rel.sys,
     // st.release.sys.
     if (!last_cta(params.control + kPlaceTicket, gridDim.x)) return;

@@ -2,7 +2,8 @@
 //
 //   plan_count    ids -> counts per CTA and expert; the last CTA sums them and sends this rank's counts to every peer
 //   plan_place    waits for all counts; row offsets, slot_of, and the sorted list of this rank's slots for its peers
-//   plan_sources  waits for all lists; source_of of this rank's rows
+//   plan_sources  waits for all lists; source_of of this rank's rows. With one rank plan_place does it, if it has the
+//   room
 //
 // Three launches in stream order, so none needs more than one resident CTA. Bitwise the same as megamoe_train/plan.py.
 #pragma once
@@ -49,7 +50,7 @@ struct PlanParams {
     int* counts;           // [R, E]
     int* expert_rows;      // [L]
     int* expert_offset;    // [L + 1]
-    long long* source_of;  // [capacity]; plan_sources only
+    long long* source_of;  // [capacity]; null before plan_sources, except where one rank's plan_place fills it
 };
 
 constexpr int kPlanThreads = 256;

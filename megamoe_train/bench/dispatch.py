@@ -22,7 +22,7 @@ from ..plan import decode_source
 from ..workspace import Shape, Workspace
 from . import dispatch_megatron, ranks
 
-LEAD_CYCLES = 600_000  # ~0.3 ms of spinning, so that launches are queued when the clock starts
+LEAD_CYCLES = 6_000_000  # ~3 ms of spinning, so that launches are queued on every rank when the clock starts
 DEADLINE_S = 5.0
 PIECE = 8192  # bytes of a bulk copy
 

@@ -17,6 +17,6 @@ extern "C" int hold(int sms, void* held, void* release, unsigned long long nanos
     cudaError_t error = cudaFuncSetAttribute(hold_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (error != cudaSuccess) return error;
     hold_kernel<<<sms, 32, kBytes, static_cast<cudaStream_t>(stream)>>>(static_cast<int*>(held),
-                                                                       static_cast<int*>(release), nanoseconds);
+                                                                        static_cast<int*>(release), nanoseconds);
     return cudaGetLastError();
 }

@@ -78,6 +78,7 @@ struct Cta {
     std::vector<Warp> warps;
     std::vector<Load> loads;
     uint64_t ticks = 0;
+    bool polled = false;
     int live = 0, arrived = 0;
     unsigned generation = 0;
     std::mt19937_64 random;
@@ -181,6 +182,9 @@ void run_cta(dim3 grid, dim3 block, dim3 index, const std::function<void()>& bod
             const size_t at = (first + i) % mine.fibers.size();
             if (!mine.fibers[at].done) resume(mine.fibers[at], at);
         }
+        // A thread polls another rank: leave it the processor.
+        if (mine.polled) std::this_thread::sleep_for(std::chrono::microseconds(200));
+        mine.polled = false;
         std::this_thread::yield();
     }
     if (!failed && !mine.loads.empty()) die("a CTA ended with bulk loads in flight");
@@ -231,6 +235,11 @@ const Place& place() { return running->place; }
 void yield() {
     copies_step();
     if (!_setjmp(running->state)) _longjmp(scheduler, 1);
+}
+
+void nanosleep() {
+    cta->polled = true;
+    yield();
 }
 
 void trap() {

@@ -52,6 +52,7 @@ struct Place {
 };
 const Place& place();
 void yield();
+void nanosleep();
 [[noreturn]] void trap();
 void sync_threads();
 uint8_t* dynamic_shared();
@@ -136,7 +137,7 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
-inline void __nanosleep(unsigned) { emulator::yield(); }
+inline void __nanosleep(unsigned) { emulator::nanosleep(); }
 inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline long long clock64() { return 0; }
 [[noreturn]] inline void __trap() { emulator::trap(); }

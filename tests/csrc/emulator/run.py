@@ -146,6 +146,7 @@ CASES = {
     "a rank without rows runs ahead": rank_without_rows_runs_ahead,
     "dispatches back to back": dispatches_back_to_back,
     "plans, int64, exact": lambda: plans(Load("zipf", (300, 1100), 2, 96), "exact", torch.int64),
+    "plan of one rank": lambda: plans(Load("zipf", (700,), 3, 40), "high_water", torch.int64),
     "plans, int32, high water": lambda: plans(Load("some_dropped", (7, 130, 0, 64), 6, 384), "high_water", torch.int32),
     "overflow": overflow,
     "bad ids": bad_ids,
