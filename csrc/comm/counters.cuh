@@ -6,13 +6,14 @@ namespace megamoe {
 
 // Waits by one thread until the counter has come to `least`; what was done before the adds (red.release.gpu) is then
 // visible to this thread (ld.acquire.gpu). For the async proxy a fence.proxy.async must follow.
+template <int kSleepNs = 20>
 __device__ __forceinline__ void wait_counter(const Peers& peers, const int* counter, int least, Waiting what) {
     int seen = ptx::load_acquire_gpu(counter);
     if (seen < least) {
         const uint64_t* abort = words(peers, peers.rank, peers.layout.abort);
         const unsigned long long start = ptx::global_nanoseconds();
         do {
-            __nanosleep(20);
+            __nanosleep(kSleepNs);
             if (ptx::load_relaxed_sys(abort) != 0) {
                 fail(peers, what, Failure::kAborted, static_cast<int>(ptx::load_relaxed_sys(abort)) - 1, least, seen);
             }

@@ -128,6 +128,12 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
 __device__ __forceinline__ void fused_mover(const FusedParams& params) {
     uint64_t seen = 0;
     for (int i = 0; i < params.num_pulls; ++i) pull_rows<kMoverDepth>(params, i, INT64_MAX, seen);
+    // With K experts at random a token is complete when most of them are done; until then sweeps find little and load L2.
+    const int tiles = *params.num_rows / kRowTile;
+    if (tiles > 0 && (threadIdx.x & 31) == 0) {
+        wait_counter<2000>(params.peers, params.counters.pushed + tiles * 3 / 4, 1, Waiting::kTileMade);
+    }
+    __syncwarp();
     sum_tokens<kMoverSlots>(params, seen);
 }
 
