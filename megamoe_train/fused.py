@@ -6,9 +6,8 @@ mode): ids and whether all rows fit are judged on the device. Letters as in plan
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 import torch
@@ -22,7 +21,6 @@ from .fused_plan import FusedPlan, workspace_for
 from .launch_order import in_order
 from .ops_comm import DevicePlan
 from .plan import RoutingPlan
-from .watchdog import MegaMoETimeout
 from .workspace import Workspace
 
 ALIGNMENT = 16  # bytes, of every row that a bulk copy moves and every matrix that a tensor map describes
@@ -126,7 +124,7 @@ class FusedBackend:
         maps, x, p = self._maps_of(fc1, fc2), _rows(x), _fp32(weights)
 
         def launch(device_plan: DevicePlan) -> tuple[Tensor, Tensor]:
-            with _launching(plan.workspace):
+            with plan.workspace.launching():
                 return ops_fused.forward(device_plan, x, p, maps, clamp=clamp)
 
         with plan.workspace.guard.watch(), in_order(x.device):
@@ -145,7 +143,7 @@ class FusedBackend:
         first = _Targets(dfc1 if need.fc1 else None, fc1, overwrite[0], always=plan.ep_size > 1)
         second = _Targets(dfc2 if need.fc2 else None, fc2, overwrite[1])
         tables = self._table_of(first), self._table_of(second)
-        with plan.workspace.guard.watch(), in_order(x.device), _launching(plan.workspace):
+        with in_order(x.device), plan.workspace.launching():
             if h is None:
                 h = ops_fused.fc1_again(device_plan, x, p, maps)
             dx, dweights = ops_fused.backward(
@@ -205,19 +203,6 @@ class _Targets:
     def deliver(self) -> None:
         for given, stand_in in self.stand_ins:
             given.add_(stand_in) if self.accumulate else given.copy_(stand_in)
-
-
-@contextlib.contextmanager
-def _launching(workspace: Workspace) -> Iterator[None]:
-    """A rank that fails between plan and launch (out of memory) ends the others' waits at once, by name."""
-    try:
-        yield
-    except MegaMoETimeout:
-        raise
-    except Exception:
-        if workspace.shape.ranks > 1:
-            workspace.abort()
-        raise
 
 
 def _fp32_like(fill: Callable[..., Tensor], weight: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class FakeWorkspace(Workspace):
         self.shape, self.rank, self.sizing, self.capacity = shape, rank, sizing, capacity
         self.layout = workspace.layout_of(shape)
         self.memory = torch.empty(0)
-        self.guard = types.SimpleNamespace(watch=contextlib.nullcontext, check=lambda: None)
+        self.guard = types.SimpleNamespace(watch=contextlib.nullcontext, check=lambda: None, failure=lambda: None)
         self.high_water = self.most_rows = self.plans = self.aborted = 0
         self.statuses = torch.zeros(workspace.STATUS_SLOTS, workspace.STATUS_INTS, dtype=torch.int64)
         self.kept_slots, self.unread = set(), []

@@ -388,10 +388,8 @@ def test_one_of_several_ranks_that_has_frozen_fc1_still_takes_part():
 
 
 def test_a_rank_that_fails_before_its_launch_frees_the_others(fused):  # noqa: F811
-    from megamoe_train.fused import _launching
-
     space = two_ranks()
-    with pytest.raises(torch.OutOfMemoryError), _launching(space):
+    with pytest.raises(torch.OutOfMemoryError), space.launching():
         raise torch.OutOfMemoryError("no room for h")
     assert space.aborted == 1
     alone = FakeWorkspace(Shape(1, 4, 3, 256, 100))

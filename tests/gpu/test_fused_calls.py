@@ -68,7 +68,7 @@ def test_launches():
         fused = [kernel for kernel in launched if "fused_kernel" in kernel]
         assert len(fused) == 1, f"{name}: {launched}"
         assert not [kernel for kernel in launched if not any(part in kernel for part in allowed)], f"{name}: {launched}"
-    assert sum("plan" in kernel for kernel in passes["forward"]) == 3
+    assert sum("plan" in kernel for kernel in passes["forward"]) == 2  # one rank: place lists the rows too
     assert not any("plan" in kernel for kernel in passes["backward"])
 
 
