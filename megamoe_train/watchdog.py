@@ -31,6 +31,7 @@ WAITS = {
     5: "a result in shared memory",
     6: "rows of a tile to be dispatched",
     7: "the tiles that a product is made from",
+    8: "the units that rows are to be pulled for",
     32: "the routing counts",
     33: "the list of routed slots",
     34: "the announcement (ready word) of the operation",

@@ -13,6 +13,7 @@
 namespace megamoe {
 namespace {
 
+constexpr int kPullLeadRows = 4096;     // rows pulled ahead of those in work: soon enough, and still in L2 when read
 constexpr int kPullClaimBytes = 16384;  // small claims, so that the first expert's rows are there soon
 
 Pull pull_of(int buffer, const void* tokens, const float* weights, void* pool) {
@@ -33,6 +34,7 @@ FusedCounters counters_of(const FusedArgs& args) {
     counters.pulls = next + 1;
     counters.pulled = next + 3;
     counters.summed = next + 5;
+    counters.frontier = next + 6;
     next += kFusedScalars;
     counters.arrived = next, next += 2 * tiles;
     counters.made = next, next += tiles;
@@ -194,6 +196,7 @@ void run_fused(const FusedArgs& args) {
     params.row_bytes = 2 * hidden;
     params.claim_rows = claim_rows(params.row_bytes);
     params.first_rows = first_rows(params.products[0], clusters);
+    params.pull_lead = 1 + ceil_div(kPullLeadRows, rows > 0 ? rows : 1);
     params.tiles = static_cast<int>(args.capacity / kRowTile);
     params.row_weights = args.row_weights;
     params.tokens_out = static_cast<uint8_t*>(args.tokens_out);

@@ -33,7 +33,7 @@ __device__ __forceinline__ void with_gemm(const FusedParams& params, int product
     }
 }
 
-// ---- loader
+// ---- scheduler and loader
 
 // Finished (column tile, warpgroup)s of the product that made what `m_tile` of an expert holds.
 template <bool kBackward>
@@ -42,32 +42,40 @@ __device__ __forceinline__ int made_by(const FusedParams& params, int rows, int 
     return ceil_div(params.products[0].n_extent, tile_columns(kMaker)) * warpgroups_of(rows, m_tile);
 }
 
-// Waits until everything that this CTA loads for the unit is there. Whole warp; afterwards the async proxy may read it.
-// Counter -> TMA load: ld.acquire.gpu by a lane; barrier; the issuing lane fence.proxy.async; load.
+// Waits until everything that the unit reads is there. Whole warp. Counter -> TMA load: ld.acquire.gpu by a lane;
+// barrier; the scheduler's mbarrier arrive (release.cluster); the loader's acquire.cluster, fence.proxy.async, load.
 template <bool kBackward>
-__device__ __forceinline__ void wait_for_inputs(const FusedParams& params, const UnitSlot& slot, int rank) {
+__device__ __forceinline__ void wait_for_inputs(const FusedParams& params, const UnitSlot& slot) {
     const FusedCounters& counters = params.counters;
-    const int first = slot.row_begin / kRowTile;
-    const int lane = threadIdx.x & 31;
-    if (slot.product <= 1) {
-        const int m_tile = m_tile_of(unit_of(slot), rank);
-        if (lane == 0 && slot.product == 0) {
-            wait_counter(params.peers, counters.arrived + first + m_tile, kRowTile, Waiting::kRowsArrived);
-        } else if (lane == 0) {
-            wait_counter(params.peers, counters.made + first + m_tile, made_by<kBackward>(params, slot.rows, m_tile),
-                         Waiting::kTileMade);
+    const bool all_rows = slot.product >= kProductWgrad2;  // a weight gradient reads all rows of its expert
+    const int first = all_rows ? 0 : slot.m_tile;
+    const int tiles = all_rows ? ceil_div(slot.rows, kTileM) : slot.n_pair ? 1 : kClusterSize;
+    for (int tile = first + static_cast<int>(threadIdx.x & 31); tile < first + tiles; tile += 32) {
+        const int at = slot.row_begin / kRowTile + tile;
+        if (slot.product == 0) {
+            wait_counter(params.peers, counters.arrived + at, kRowTile, Waiting::kRowsArrived);
+            continue;
         }
-    } else {
-        // A weight gradient reads all rows of its expert.
-        for (int tile = lane; tile * kTileM < slot.rows; tile += 32) {
-            wait_counter(params.peers, counters.made + first + tile, made_by<kBackward>(params, slot.rows, tile),
-                         Waiting::kTileMade);
-            if (slot.product != kProductWgrad1) continue;
-            wait_counter(params.peers, counters.arrived + params.tiles + first + tile, kRowTile, Waiting::kRowsArrived);
+        wait_counter(params.peers, counters.made + at, made_by<kBackward>(params, slot.rows, tile), Waiting::kTileMade);
+        if (slot.product == kProductWgrad1) {
+            wait_counter(params.peers, counters.arrived + params.tiles + at, kRowTile, Waiting::kRowsArrived);
         }
     }
-    __syncwarp();
-    ptx::fence_async();
+}
+
+// Tells the movers how far the units that need their rows have come.
+__device__ __forceinline__ void advance_frontier(const FusedParams& params, const UnitSlot& slot) {
+    if ((threadIdx.x & 31) != 0) return;
+    if (slot.product == 0) atomicMax(params.counters.frontier, slot.expert);
+    if (slot.product == kProductWgrad1) atomicMax(params.counters.frontier + 1, slot.expert);
+}
+
+template <bool kBackward>
+__device__ __forceinline__ void fused_scheduler(SharedStorage& shared, const FusedParams& params) {
+    scheduler_role(shared, params.products, params.order, params.counters.units, [&](const UnitSlot& slot) {
+        advance_frontier(params, slot);
+        wait_for_inputs<kBackward>(params, slot);
+    });
 }
 
 template <bool kBackward>
@@ -75,9 +83,9 @@ __device__ __forceinline__ void fused_loader(SharedStorage& shared, const FusedP
     Position position;
     UnitCursor units;
     while (true) {
+        acquire_unit(shared, units, params.peers.deadline);
         const UnitSlot slot = next_unit(shared, units, params.peers.deadline);
         if (slot.expert < 0) break;
-        wait_for_inputs<kBackward>(params, slot, rank);
         if ((threadIdx.x & 31) != 0) continue;
         with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
             load_unit<gemm.kValue>(shared, product, slot, rank, position);
@@ -127,8 +135,9 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
 // Rows first; what is left of the warp's time goes to the sums.
 __device__ __forceinline__ void fused_mover(const FusedParams& params) {
     uint64_t seen = 0;
-    for (int i = 0; i < params.num_pulls; ++i) pull_rows<kMoverDepth>(params, i, INT64_MAX, seen);
-    // With K experts at random a token is complete when most of them are done; until then sweeps find little and load L2.
+    for (int i = 0; i < params.num_pulls; ++i) pull_rows<kMoverDepth>(params, i, kAllRows, seen);
+    // With K experts at random a token is complete when most of them are done; until then sweeps find little and load
+    // L2.
     const int tiles = *params.num_rows / kRowTile;
     if (tiles > 0 && (threadIdx.x & 31) == 0) {
         wait_counter<2000>(params.peers, params.counters.pushed + tiles * 3 / 4, 1, Waiting::kTileMade);
@@ -184,9 +193,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
     if (warpgroup_index() == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
         if (warp_index() == 0) fused_loader<kBackward>(shared, params, rank);
-        if (warp_index() == 1 && rank == 0) {
-            scheduler_role(shared, params.products, params.order, params.counters.units);
-        }
+        if (warp_index() == 1 && rank == 0) fused_scheduler<kBackward>(shared, params);
         if (warp_index() == 2) fused_storer<kBackward>(shared, params, rank);
         if (warp_index() == 3 || (warp_index() == 1 && rank == 1)) fused_mover(params);
     } else {

@@ -21,6 +21,7 @@ struct FusedCounters {
     int* pulls;       // [2] claims of rows to pull
     int* pulled;      // [2] rows pulled
     int* summed;      // tokens summed
+    int* frontier;    // [2] highest expert, of those a pull is for, that a unit was handed out of
     int* arrived;     // [2, tiles] rows that have arrived of each row tile
     int* made;        // [tiles] finished (column tile, warpgroup)s of fc1 or dgrad2
     int* pushed;      // [tiles] of fc2 or dgrad1
@@ -45,6 +46,7 @@ struct FusedParams {
     int row_bytes;   // of a token
     int claim_rows;  // rows of a pull claim: a power of two up to 32
     int first_rows;  // rows that the math warps help to pull before their first tile
+    int pull_lead;   // experts that rows are pulled ahead of the frontier
     int tiles;       // row tiles of the pools
     Pull pulls[2];
     int num_pulls;

@@ -51,8 +51,19 @@ __device__ __forceinline__ void count_pulled(const FusedParams& params, int whic
     }
 }
 
-// Pulls claims of rows in ascending order: all of them, or until one lies at or beyond `until`. Whole warp. `seen`:
-// ranks whose ready word this warp has seen.
+constexpr int64_t kAllRows = INT64_MAX;
+
+// Waits until units of an expert not far before the row's are being worked on: rows pulled much earlier only drive what
+// is in use out of L2. A unit that waits for a row has moved the frontier to the row's expert, so nobody waits for
+// ever.
+__device__ __forceinline__ void wait_for_frontier(const FusedParams& params, int which, int64_t row, int& expert) {
+    const int* offset = params.products[0].expert_offset;
+    while (row >= offset[expert + 1]) ++expert;
+    wait_counter<200>(params.peers, params.counters.frontier + which, expert - params.pull_lead, Waiting::kFrontier);
+}
+
+// Pulls claims of rows in ascending order: all of them, not too far ahead, or at once until one lies at or beyond
+// `until`. Whole warp. `seen`: ranks whose ready word this warp has seen.
 template <int kDepth>
 __device__ void pull_rows(const FusedParams& params, int which, int64_t until, uint64_t& seen) {
     const Peers& peers = params.peers;
@@ -60,6 +71,7 @@ __device__ void pull_rows(const FusedParams& params, int which, int64_t until, u
     const int lane = threadIdx.x & 31;
     const int64_t rows = *params.num_rows;
     const uint64_t expected = expected_ready(params);
+    int expert = 0;
     while (true) {
         int claim = lane == 0 ? atomicAdd(params.counters.pulls + which, 1) : 0;
         claim = __shfl_sync(0xffffffffu, claim, 0);
@@ -71,6 +83,7 @@ __device__ void pull_rows(const FusedParams& params, int which, int64_t until, u
             __syncwarp();
             return;
         }
+        if (until == kAllRows && lane == 0) wait_for_frontier(params, which, first, expert);
         const bool mine = lane < params.claim_rows;
         const RowSource source = decode_source(mine ? params.source_of[first + lane] : -1);
         wait_for_peers(peers, source.rank, expected, seen);

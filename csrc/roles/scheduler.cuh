@@ -57,7 +57,7 @@ private:
 };
 
 // Hands a unit to both CTAs of the cluster.
-__device__ __forceinline__ void hand_out(SharedStorage& shared, const UnitSlot& unit, UnitCursor& cursor,
+__device__ __forceinline__ void hand_out(SharedStorage& shared, const UnitSlot& unit, const UnitCursor& cursor,
                                          const Deadline& deadline) {
     wait(&shared.unit_free[cursor.index], cursor.parity ^ 1, deadline, Waiting::kUnitSlotFree);
     const int4* words = reinterpret_cast<const int4*>(&unit);
@@ -68,21 +68,26 @@ __device__ __forceinline__ void hand_out(SharedStorage& shared, const UnitSlot& 
         ptx::store_async_cta(slot, words[0], full, cta);
         ptx::store_async_cta(slot + 1, words[1], full, cta);
     }
-    cursor.advance();
 }
 
-// `products`: the launch's, as `order` counts them; `claims`: units handed out, zero before the launch.
+// `products`: the launch's, as `order` counts them; `claims`: units handed out, zero before the launch. `ready(unit)`,
+// by the whole warp, returns when everything that the unit reads is there: waited for here, ahead of the loaders, which
+// then need not.
+template <class Ready>
 __device__ __forceinline__ void scheduler_role(SharedStorage& shared, const GemmParams* products, const Order& order,
-                                               int* claims) {
+                                               int* claims, Ready&& ready) {
     const int lane = threadIdx.x & 31;
     for (int e = lane; e < order.experts; e += 32) shared.expert_rows[e] = products[0].expert_rows[e];
     __syncwarp();
-    if (lane != 0) return;
     UnitFinder finder(products, order, shared.expert_rows);
     UnitCursor cursor;
     while (true) {
-        const UnitSlot unit = finder.find(atomicAdd(claims, 1));
-        hand_out(shared, unit, cursor, products[0].deadline);
+        const int claim = lane == 0 ? atomicAdd(claims, 1) : 0;
+        const UnitSlot unit = finder.find(__shfl_sync(0xffffffffu, claim, 0));
+        if (unit.expert >= 0) ready(unit);
+        __syncwarp();
+        if (lane == 0) hand_out(shared, unit, cursor, products[0].deadline);
+        cursor.advance();
         if (unit.expert < 0) return;
     }
 }

@@ -1,6 +1,7 @@
 // What the warps of a CTA share: the operand ring, the output staging, the queue of units, and their barriers.
 #pragma once
 #include "comm/wait.cuh"
+#include "ptx/bulk.cuh"
 #include "schedule/ring.cuh"
 
 namespace megamoe {
@@ -61,6 +62,15 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
     ptx::fence_mbarrier_init();
 }
 
+// Before next_unit, by a warp whose async loads read what the scheduler has seen finished: acquires that too.
+__device__ __forceinline__ void acquire_unit(SharedStorage& shared, const UnitCursor& cursor,
+                                             const Deadline& deadline) {
+    wait(&shared.unit_full[cursor.index], cursor.parity, deadline, Waiting::kUnit);
+    ptx::mbarrier_try_wait_cluster(&shared.unit_full[cursor.index], cursor.parity);
+    __syncwarp();
+    ptx::fence_async();
+}
+
 // The next unit, read by every thread of the calling warp. The slot is handed back at once.
 __device__ __forceinline__ UnitSlot next_unit(SharedStorage& shared, UnitCursor& cursor, const Deadline& deadline) {
     wait(&shared.unit_full[cursor.index], cursor.parity, deadline, Waiting::kUnit);
@@ -71,8 +81,8 @@ __device__ __forceinline__ UnitSlot next_unit(SharedStorage& shared, UnitCursor&
     return unit;
 }
 
-// A warp is done with a stage: tell the loaders of both CTAs. All lanes meet first: one that had not yet passed its wait
-// for the stage would miss the phase.
+// A warp is done with a stage: tell the loaders of both CTAs. All lanes meet first: one that had not yet passed its
+// wait for the stage would miss the phase.
 __device__ __forceinline__ void release_stage(SharedStorage& shared, int stage) {
     const int lane = threadIdx.x & 31;
     __syncwarp();

@@ -7,6 +7,7 @@
 namespace megamoe {
 
 constexpr int kMaxTopK = 16;
+constexpr int kTakenTokens = 2;  // tokens that a warp takes at a time
 
 // Bits of the kept slots of a token, and whether the rank that fills each has done so.
 struct TokenState {
@@ -61,7 +62,19 @@ __device__ __forceinline__ void sum_slots(const FusedParams& params, int token, 
     }
 }
 
-// Takes the filled tokens of one block that no other warp has; returns how many it summed. Whole warp.
+// At most kTakenTokens of the set bits, from a place of the warp's own on: many warps sweep over few blocks at the end.
+__device__ __forceinline__ unsigned pick_tokens(unsigned filled) {
+    const unsigned turn = (blockIdx.x * 5 + threadIdx.x / 32 * 11) & 31;
+    unsigned rest = __funnelshift_r(filled, filled, turn), picked = 0;
+    for (int i = 0; i < kTakenTokens && rest != 0; ++i) {
+        const unsigned lowest = rest & (0u - rest);
+        picked |= lowest;
+        rest ^= lowest;
+    }
+    return __funnelshift_l(picked, picked, turn);
+}
+
+// Takes filled tokens of one block that no other warp has; returns how many it summed. Whole warp.
 template <int kBatch>
 __device__ __forceinline__ int sum_block(const FusedParams& params, int block, uint32_t epoch) {
     const int lane = threadIdx.x & 31;
@@ -69,7 +82,7 @@ __device__ __forceinline__ int sum_block(const FusedParams& params, int block, u
     unsigned taken = *const_cast<volatile unsigned*>(params.counters.taken + block);
     TokenState state{0, false};
     if (token < params.tokens && !(taken >> lane & 1)) state = token_state(params, token, epoch);
-    unsigned mine = __ballot_sync(0xffffffffu, state.filled);
+    unsigned mine = pick_tokens(__ballot_sync(0xffffffffu, state.filled));
     if (mine == 0) return 0;
     if (lane == 0) taken = atomicOr(params.counters.taken + block, mine);
     mine &= ~__shfl_sync(0xffffffffu, taken, 0);
