@@ -92,7 +92,7 @@ class _Call:
 
 
 class ForwardCall(_Call):
-    """y [T, H] and h [capacity, 2I], bf16, of x [T, H] bf16 and weights p [T, K] fp32. Rows of h from M on: unwritten."""
+    """y [T, H] and h [capacity, 2I] bf16 of x [T, H] bf16 and p [T, K] fp32. Rows of h from M on are unwritten."""
 
     def __init__(
         self, plan: DevicePlan, x_TH: Tensor, weights_TK: Tensor, maps: WeightMaps, *, clamp: float | None = None,

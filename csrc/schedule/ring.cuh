@@ -23,8 +23,8 @@ constexpr int kMathWarpgroups = 2;
 constexpr int kWarpgroupWarps = 4;
 constexpr int kMathWarps = kWarpgroupWarps * kMathWarpgroups;
 constexpr int kStages = 4;
-constexpr int kSpare = kStages;  // index of the spare place where stages are counted
-constexpr int kUnitSlots = 2;  // few: what a cluster has claimed no other one can take
+constexpr int kSpare = kStages;               // index of the spare place where stages are counted
+constexpr int kUnitSlots = 2;                 // few: what a cluster has claimed no other one can take
 constexpr int kUnitReaders = kMathWarps + 2;  // warps of a CTA that read each unit: math, loader, storer
 
 // Arrivals that complete a phase.
