@@ -132,10 +132,13 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
 
 // ---- mover and math warps
 
-// Rows first; what is left of the warp's time goes to the sums.
-__device__ __forceinline__ void fused_mover(const FusedParams& params) {
+// Rows first; what is left of the warp's time goes to the sums. `first`: the pull to begin with. Every cluster has
+// movers for each of two pulls: if all began with dY, they could wait for units that wait for x.
+__device__ __forceinline__ void fused_mover(const FusedParams& params, int first) {
     uint64_t seen = 0;
-    for (int i = 0; i < params.num_pulls; ++i) pull_rows<kMoverDepth>(params, i, kAllRows, seen);
+    for (int i = 0; i < params.num_pulls; ++i) {
+        pull_rows<kMoverDepth>(params, (first + i) % params.num_pulls, kAllRows, seen);
+    }
     // With K experts at random a token is complete when most of them are done; until then sweeps find little and load
     // L2.
     const int tiles = *params.num_rows / kRowTile;
@@ -195,7 +198,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
         if (warp_index() == 0) fused_loader<kBackward>(shared, params, rank);
         if (warp_index() == 1 && rank == 0) fused_scheduler<kBackward>(shared, params);
         if (warp_index() == 2) fused_storer<kBackward>(shared, params, rank);
-        if (warp_index() == 3 || (warp_index() == 1 && rank == 1)) fused_mover(params);
+        if (warp_index() == 3 || (warp_index() == 1 && rank == 1)) fused_mover(params, warp_index() == 1 ? 1 : 0);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
         fused_math<kBackward>(shared, params, warpgroup_index() - 1, rank);
