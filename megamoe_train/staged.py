@@ -50,14 +50,14 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, flight: Flight, x_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.plan = flight.plan
+        ctx.plan, ctx.options = flight.plan, flight.options
         return flight.rows, flight.weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows_MH: Tensor, dweights_M: Tensor):
         with in_order(drows_MH.device):
-            dx, dweights = ops_comm.combine(ctx.plan, drows_MH, dweights_M.contiguous(), backward=True)
+            dx, dweights = ops_comm.combine(ctx.plan, drows_MH, dweights_M.contiguous(), backward=True, **ctx.options)
         return None, dx, dweights
 
 
@@ -65,16 +65,16 @@ class Combine(torch.autograd.Function):
     """Rows `[M,H]` -> y `[T,H]`, each token's plain sum over k ascending, in fp32, rounded once."""
 
     @staticmethod
-    def forward(ctx, plan: DevicePlan, rows_MH: Tensor) -> Tensor:
-        ctx.plan = plan
+    def forward(ctx, flight: Flight, rows_MH: Tensor) -> Tensor:
+        ctx.plan, ctx.options = flight.plan, flight.options
         with in_order(rows_MH.device):
-            return ops_comm.combine(plan, rows_MH)[0]
+            return ops_comm.combine(ctx.plan, rows_MH, **ctx.options)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TH: Tensor):
         with in_order(dy_TH.device):
-            return None, ops_comm.dispatch(ctx.plan, dy_TH, buffer=1, backward=True)[0]
+            return None, ops_comm.dispatch(ctx.plan, dy_TH, buffer=1, backward=True, **ctx.options)[0]
 
 
 @dataclass
@@ -85,14 +85,16 @@ class Flight:
     rows: Tensor  # [M, H]
     weights: Tensor  # [M]
     expert_rows: Tensor  # [L] int64 on the host
+    options: dict[str, int]  # of every move of rows
 
 
 class Staged:
     """Dispatch and combine of one group on its workspace. Collective, in backward too."""
 
     def __init__(self, workspace: Workspace, num_sms: int = 0):
+        """num_sms: that the kernels which use NVLink may take; 0: all."""
         ops.load()
-        self.workspace, self.num_sms = workspace, num_sms
+        self.workspace, self.options = workspace, {"num_sms": num_sms}
 
     def route(self, routing_map_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Bool map and probs `[T,E]` -> ids `[T,K]` int32, -1 where fewer are kept; weights `[T,K]` fp32, 0 there.
@@ -116,7 +118,7 @@ class Staged:
 
     def combine(self, flight: Flight, rows_MH: Tensor) -> Tensor:
         """bf16 rows `[M,H]` of the experts -> y `[T,H]`."""
-        return Combine.apply(flight.plan, rows_MH)
+        return Combine.apply(flight, rows_MH)
 
     def _launch(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Flight:
         workspace = self.workspace
@@ -127,7 +129,7 @@ class Staged:
             counted = torch.cuda.Event()
             counted.record()
             with workspace.launching():
-                transfer, rows, weights = ops_comm.start_dispatch(plan, x_TH, weights_TK, num_sms=self.num_sms)
+                transfer, rows, weights = ops_comm.start_dispatch(plan, x_TH, weights_TK, **self.options)
                 transfer.run()
             try:
                 taken = plan.settle()
@@ -142,7 +144,9 @@ class Staged:
             workspace.high_water = room_for(workspace.most_rows)
             plan.capacity, plan.source_of = taken, plan.source_of[:taken]
             # Shrunk in place: as views, an experts module could not write into them.
-            return Flight(plan, rows.resize_(taken, rows.shape[1]), weights.resize_(taken), expert_rows.long())
+            return Flight(
+                plan, rows.resize_(taken, rows.shape[1]), weights.resize_(taken), expert_rows.long(), self.options
+            )
         raise AssertionError("a plan of the same ids needs more rows than its counts said")
 
     def _plan(self, ids_TK: Tensor) -> DevicePlan:

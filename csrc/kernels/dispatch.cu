@@ -8,8 +8,8 @@ namespace {
 constexpr int kStageThreads = 256;
 constexpr int kStageBlocks = 264;
 
-// Waits by one small CTA: a wide kernel that waits holds every SM, and keeps kernels that need another split of L1 and
-// shared memory off it (four virtual ranks on one GPU hung so).
+// Waits by one small CTA: a wide kernel that waits holds every SM, and keeps other kernels off it, those too that only
+// need another split of L1 and shared memory.
 __global__ void wait_pulled_kernel(const __grid_constant__ RowsParams params) {
     const Peers& peers = params.peers;
     if (threadIdx.x >= peers.ranks) return;

@@ -294,16 +294,22 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(const __grid_c
     if (threadIdx.x < peers.ranks) signal(peers, threadIdx.x, peers.layout.listed, peers.rank, epoch_word(epoch));
 }
 
+// Waits for plan_sources by one small CTA. Its own 4 L CTAs, waiting, filled every SM: eight virtual ranks on one GPU
+// hung, the last one's plan_place found no place.
+__global__ void wait_listed_kernel(const __grid_constant__ PlanParams params) {
+    const Peers& peers = params.peers;
+    if (threadIdx.x >= peers.ranks) return;
+    const uint32_t epoch = static_cast<uint32_t>(params.control[kPlanEpoch]);
+    wait_word(peers, words(peers, peers.rank, peers.layout.listed) + threadIdx.x, epoch, Waiting::kRowSources,
+              threadIdx.x);
+}
+
 // CTA (e, part) fills its share of local expert e's rows: the lists of rank 0, 1, ..., then the padding.
 __global__ void __launch_bounds__(kPlanThreads) plan_sources_kernel(const __grid_constant__ PlanParams params) {
     __shared__ int list_begin[kMaxRanks], list_rows[kMaxRanks];
     const Peers& peers = params.peers;
     if (params.control[kPlanCode] != static_cast<int>(PlanCode::kGood)) return;  // would not fit: nothing is written
     const uint32_t epoch = static_cast<uint32_t>(params.control[kPlanEpoch]);
-    if (threadIdx.x < peers.ranks) {
-        wait_word(peers, words(peers, peers.rank, peers.layout.listed) + threadIdx.x, epoch, Waiting::kRowSources,
-                  threadIdx.x);
-    }
     const int local = params.experts / peers.ranks;
     const int expert = peers.rank * local + blockIdx.x;
     for (int r = threadIdx.x / 32; r < peers.ranks; r += kWarps) {
@@ -313,7 +319,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_sources_kernel(const __grid
         list_begin[r] = sum;
         list_rows[r] = params.counts[r * params.experts + expert];
     }
-    __syncthreads();  // also: the waiting threads' acquires reach the whole CTA
+    __syncthreads();
     int row = params.expert_offset[blockIdx.x];
     const int start = blockIdx.y * kPlanThreads + threadIdx.x, step = kSourceParts * kPlanThreads;
     for (int r = 0; r < peers.ranks; ++r) {
@@ -343,6 +349,7 @@ cudaError_t launch_plan_place(const PlanParams& params, cudaStream_t stream) {
 
 cudaError_t launch_plan_sources(const PlanParams& params, cudaStream_t stream) {
     const dim3 grid(params.experts / params.peers.ranks, kSourceParts);
+    if (params.peers.ranks > 1) wait_listed_kernel<<<1, kMaxRanks, 0, stream>>>(params);
     plan_sources_kernel<<<grid, kPlanThreads, 0, stream>>>(params);
     return cudaGetLastError();
 }

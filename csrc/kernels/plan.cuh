@@ -5,7 +5,7 @@
 //   plan_sources  waits for all lists; source_of of this rank's rows. With one rank plan_place does it, if it has the
 //   room
 //
-// Three launches in stream order, so none needs more than one resident CTA. Bitwise the same as megamoe_train/plan.py.
+// In stream order, so that none needs more than one resident CTA. Bitwise the same as megamoe_train/plan.py.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -142,9 +142,12 @@ def shares(row: dict) -> dict[str, float]:
 
 
 def text(row: dict) -> str:
-    lines = [f"T={row['tokens']} K={row['top_k']} H={row['hidden']} E={row['experts']} EP={row['ep']} {row['sms']} SMs"]
-    lines += [f"  {name:44} {value:9.3f}" for name, value in row.items() if isinstance(value, float)]
-    return "\n".join(lines)
+    case = f"T={row['tokens']} K={row['top_k']} H={row['hidden']} E={row['experts']} EP={row['ep']} {row['sms']} SMs"
+    return f"{case} (ms where no unit is named)\n{lines(row)}"
+
+
+def lines(row: dict) -> str:
+    return "\n".join(f"  {name:44} {value:9.3f}" for name, value in row.items() if isinstance(value, float))
 
 
 def one(case: Case, iterations: int, megatron: bool) -> dict:
@@ -152,12 +155,15 @@ def one(case: Case, iterations: int, megatron: bool) -> dict:
     bench = Bench(case)
     row = {**vars(case), "ep": bench.size, **bench.measure(iterations)}
     row |= shares(row)
-    bench.pool = bench.y = None
-    if megatron:
-        row |= dispatch_megatron.measure(bench, iterations)
-    bench.workspace.close()
     if bench.rank == 0:
         print(text(row), flush=True)
+    bench.pool = bench.y = None
+    if megatron:
+        found = dispatch_megatron.measure(bench, iterations)
+        row |= found
+        if bench.rank == 0:
+            print(lines(found), flush=True)
+    bench.workspace.close()
     return row
 
 

@@ -6,14 +6,14 @@ Experts are the identity; the gradients of tokens and probs are asked for, as tr
 from __future__ import annotations
 
 import statistics
-import time
 
 import torch
 import torch.distributed as dist
 
 from . import ranks
 
-OURS, THEIRS, PLAIN = "ours", "alltoall, fused permute", "alltoall"
+OURS, THEIRS, PLAIN = "ours, {} SMs", "alltoall, fused permute", "alltoall"
+BLOCK = 5  # calls back to back
 
 
 def dispatchers(bench) -> dict:
@@ -31,12 +31,12 @@ def dispatchers(bench) -> dict:
     local = bench.case.experts // bench.size
     indices = [bench.rank * local + i for i in range(local)]
     fused = _has_fused_permute()
-    found = {
-        THEIRS if fused else PLAIN: MoEAlltoAllTokenDispatcher(local, indices, _config(bench, fused), groups),
-        OURS: MegaMoETokenDispatcher(local, indices, _config(bench, fused), groups),
-    }
+    config = _config(bench, fused)
+    found = {THEIRS if fused else PLAIN: MoEAlltoAllTokenDispatcher(local, indices, config, groups)}
+    for sms in sorted({bench.case.sms, 0}, reverse=True):
+        ours = found[OURS.format(sms or "all")] = MegaMoETokenDispatcher(local, indices, config, groups)
+        ours.staged = Staged(bench.workspace, num_sms=sms)
     bench.workspace.high_water = 0
-    found[OURS].staged = Staged(bench.workspace, num_sms=bench.case.sms)
     return found
 
 
@@ -67,44 +67,82 @@ def forward(dispatcher, x, routing_map, probs):
     return y, weights
 
 
-def measure(bench, iterations: int) -> dict[str, float]:
-    """Milliseconds of dispatch + combine, forward and backward, alternating; and whether both agree."""
-    case = bench.case
-    routing_map = torch.zeros(case.tokens, case.experts, dtype=torch.bool, device="cuda")
-    routing_map.scatter_(1, bench.ids.long(), True)
-    probs = torch.rand(case.tokens, case.experts, device="cuda") * routing_map
-    x = bench.x.view(case.tokens, 1, case.hidden)
-    dy = torch.randn_like(x)
-    found = dispatchers(bench)
-    spans = {(name, way): [] for name in found for way in ("forward", "backward")}
-    seen = {}
+class Inputs:
+    """Fresh leaves of the same tokens, routing and gradients for every call."""
+
+    def __init__(self, bench):
+        case = bench.case
+        self.routing_map = torch.zeros(case.tokens, case.experts, dtype=torch.bool, device="cuda")
+        self.routing_map.scatter_(1, bench.ids.long(), True)
+        self.probs = torch.rand(case.tokens, case.experts, device="cuda") * self.routing_map
+        self.x = bench.x.view(case.tokens, 1, case.hidden)
+        self.dy = torch.randn_like(self.x)
+
+    def step(self, dispatcher, between=None) -> list[torch.Tensor]:
+        """Forward and backward: y, dx, dprobs. between: called after forward."""
+        x, probs = self.x.detach().requires_grad_(), self.probs.detach().requires_grad_()
+        y, weights = forward(dispatcher, x, self.routing_map, probs)
+        if between is not None:
+            between()
+        torch.autograd.backward([y, weights], [self.dy, weights.detach()])
+        return [y.detach(), x.grad, probs.grad]
+
+
+def align(bench) -> None:
+    torch.cuda.synchronize()
+    if bench.size > 1:
+        dist.barrier()
+        torch.cuda.synchronize()
+
+
+def paced(bench, found: dict, inputs: Inputs, iterations: int) -> dict[str, list[float]]:
+    """Each call from an idle GPU: launches and host waits show in full."""
+    spans = {f"{name}, {way}, paced": [] for name in found for way in ("forward", "backward")}
     for iteration in range(iterations + 3):
-        names = list(found) if iteration % 2 else list(found)[::-1]
-        for name in names:
-            a, b = x.detach().clone().requires_grad_(), probs.clone().requires_grad_()
+        for name in list(found)[:: 1 if iteration % 2 else -1]:
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-            torch.cuda.synchronize()
-            time.sleep(0.002)
-            if bench.size > 1:
-                dist.barrier()
-                torch.cuda.synchronize()
+            align(bench)
             marks[0].record()
-            y, weights = forward(found[name], a, routing_map, b)
-            marks[1].record()
-            torch.autograd.backward([y, weights], [dy, weights.detach()])
+            inputs.step(found[name], marks[1].record)
             marks[2].record()
             torch.cuda.synchronize()
-            seen[name] = [y.detach(), a.grad, b.grad]
-            del y, weights
             if iteration >= 3:
-                spans[name, "forward"].append(marks[0].elapsed_time(marks[1]))
-                spans[name, "backward"].append(marks[1].elapsed_time(marks[2]))
-    theirs, ours = seen.values()
-    for got, want in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+                spans[f"{name}, forward, paced"].append(marks[0].elapsed_time(marks[1]))
+                spans[f"{name}, backward, paced"].append(marks[1].elapsed_time(marks[2]))
+    return spans
+
+
+def sustained(bench, found: dict, inputs: Inputs, iterations: int) -> dict[str, list[float]]:
+    """Blocks of calls back to back: launches hide behind the work before."""
+    spans = {f"{name}, both, sustained": [] for name in found}
+    for block in range(max(4, iterations // BLOCK)):
+        for name in list(found)[:: 1 if block % 2 else -1]:
+            align(bench)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(BLOCK):
+                inputs.step(found[name])
+            end.record()
+            torch.cuda.synchronize()
+            spans[f"{name}, both, sustained"].append(start.elapsed_time(end) / BLOCK)
+    return spans
+
+
+def measure(bench, iterations: int) -> dict[str, float]:
+    """Milliseconds of dispatch + combine, forward and backward, alternating. AssertionError where results differ."""
+    found, inputs = dispatchers(bench), Inputs(bench)
+    results = [inputs.step(dispatcher) for dispatcher in found.values()]
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+    spans = paced(bench, found, inputs, iterations) | sustained(bench, found, inputs, iterations)
     medians = torch.tensor([statistics.median(times) for times in spans.values()], device="cuda")
     if ranks.group() is not None:
         dist.all_reduce(medians, dist.ReduceOp.MAX)
-    out = {f"{name}, {way}": ms for (name, way), ms in zip(spans, medians.tolist(), strict=True)}
-    first, second = (sum(out[f"{name}, {way}"] for way in ("forward", "backward")) for name in found)
-    return out | {"times faster than alltoall": first / second}
+    out = dict(zip(spans, medians.tolist(), strict=True))
+    theirs, *ours = found
+    for name in ours:
+        both = [sum(out[f"{who}, {way}, paced"] for way in ("forward", "backward")) for who in (theirs, name)]
+        out[f"{name}: times faster, paced"] = both[0] / both[1]
+        out[f"{name}: times faster, sustained"] = out[f"{theirs}, both, sustained"] / out[f"{name}, both, sustained"]
+    return out

@@ -57,8 +57,7 @@ MUTATIONS = {
         "                  threadIdx.x);", "", PLANS),
     "lists read before they are sent": (
         "kernels/plan.cu",
-        "wait_word(peers, words(peers, peers.rank, peers.layout.listed) + threadIdx.x, epoch, Waiting::kRowSources,\n"
-        "                  threadIdx.x);", "", PLANS),
+        "    if (params.peers.ranks > 1) wait_listed_kernel<<<1, kMaxRanks, 0, stream>>>(params);\n", "", PLANS),
     "one word for all announcements, a rank that runs ahead": (
         "layout/workspace.cuh", "constexpr int kReadySlots = 4;", "constexpr int kReadySlots = 1;", AHEAD),
 }  # fmt: skip
