@@ -14,7 +14,8 @@ from tests.distributed import run_ranks
 SHAPES = [
     Shape(ranks, experts * ranks, top_k, hidden, tokens)
     for ranks, experts, top_k, hidden, tokens in itertools.chain(
-        itertools.product((1, 2, 8, 64), (1, 5), (1, 6), (256, 7168), (0, 1, 4099)), [(2, 192, 6, 7168, 8192)]
+        itertools.product((1, 2, 8, 64), (1, 5), (1, 6), (256, 7168), (0, 1, 4099)),
+        [(2, 192, 6, 7168, 8192), (2, 8, 16, 16384, 500_000)],
     )
 ]
 

@@ -20,6 +20,7 @@ CASES = (
     (Load("uniform", (0, 0), 2, 8), 256),
     (Load("balanced", (1,), 1, 1), 1280),
     (Load("empty_experts", (512,), 8, 16), 3072),
+    (Load("uniform", (50000, 0), 6, 12), 7168),  # pools beyond 2^31 bytes, combine slots beyond 2^32
 )
 
 

@@ -56,7 +56,7 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return results
 
 
-@pytest.mark.parametrize("scenario", ["exact", "held"])
+@pytest.mark.parametrize("scenario", ["exact", "staged", "held"])
 def test_two_processes(scenario, tmp_path):
     for rank, (code, out, err) in enumerate(finish(start(tmp_path, scenario))):
         assert code == 0 and f"passed {scenario}" in out, f"rank {rank}: exit {code}\n{out}\n{err}"
