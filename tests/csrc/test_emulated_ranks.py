@@ -70,7 +70,7 @@ def library(tmp_path_factory) -> Path:
 
 def start(library: Path, seed: int, names: list[str], log: Path, deadline_s: float = run.DEADLINE_S):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(distributed.PRELOAD)
+    context.set_forkserver_preload([*distributed.PRELOAD, run.__name__])
     process = context.Process(target=_child, args=(str(library), seed, names, str(log), deadline_s))
     process.start()
     return process
