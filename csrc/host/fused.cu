@@ -13,7 +13,7 @@
 namespace megamoe {
 namespace {
 
-constexpr int kPullLeadRows = 4096;     // rows pulled ahead of those in work: soon enough, and still in L2 when read
+constexpr int kPullLeadRows = 8192;     // rows pulled ahead of those in work: soon enough, and still in L2 when read
 constexpr int kPullClaimBytes = 16384;  // small claims, so that the first expert's rows are there soon
 
 Pull pull_of(int buffer, const void* tokens, const float* weights, void* pool) {
