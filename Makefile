@@ -20,6 +20,7 @@ lint:  ## ruff and clang-format, without changing a file
 	@sh scripts/bootstrap dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	.venv/bin/shellcheck launch/*.sh launch/train.slurm launch/cluster.env.example scripts/bootstrap
 	git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp' | xargs -r .venv/bin/clang-format --dry-run -Werror
 
 docs:  ## write the tables of docs/configuration.md from the code

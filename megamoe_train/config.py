@@ -92,6 +92,9 @@ ENVIRONMENT = {
     "MEGAMOE_PYTHON": EnvVariable("", "the Python >= 3.12 that make builds .venv with; empty: the first one found"),
     "MEGAMOE_SKIP_CUDA_BUILD": EnvVariable("0", "1: install without building the CUDA extension"),
     "MEGAMOE_RECORD_DIR": EnvVariable("", "where a rank writes the record of a failed wait; empty: where it runs"),
+    "MEGAMOE_NVLINK_DOMAIN": EnvVariable(
+        "", "the NVLink domain this host's GPUs belong to; empty: the host. Expert-parallel groups must lie in one"
+    ),
     "MEGAMOE_FORCE_CUDA_BUILD": EnvVariable("0", "1: an install that cannot build the CUDA extension fails"),
 }
 

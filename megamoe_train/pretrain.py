@@ -15,6 +15,7 @@ from megamoe_train.training import launch
 from megamoe_train.training.request import Request, check_early
 
 USER_ERROR = 2
+GPUS_OF_A_NODE = 8
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +46,15 @@ def parser() -> argparse.ArgumentParser:
         "--nproc", type=int, metavar="N", help="processes on this machine (default: GPUs, or 2 without)"
     )
     parser.add_argument("--verbose", action="store_true", help="show Megatron's output too, instead of logging it")
-    parser.add_argument("--dry-run", action="store_true", help="show the Megatron arguments and stop")
+    parser.add_argument(
+        "--log-layers", type=int, default=0, metavar="N", help="every N steps, the expert load of each layer"
+    )
+    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines that this command runs on")
+    parser.add_argument("--rdzv-endpoint", default="", metavar="HOST:PORT", help="where several machines meet")
+    parser.add_argument("--rdzv-id", default="", metavar="ID", help="the same on all machines, new at every start")
+    parser.add_argument(
+        "--dry-run", "--dryrun", action="store_true", help="show the command and the Megatron arguments, and stop"
+    )
     parser.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -64,8 +73,10 @@ def main(argv: list[str]) -> int:
         config_files=tuple(options.megamoe_config),
         sets=(*dispatcher, *options.set),
         megatron=tuple(argv[split + 1 :]),
+        layers_every=options.log_layers,
     )
-    if launch.adopt_rank() and not options.dry_run:
+    # With --rdzv-id this is the launcher of one machine, though srun's variables are those of a rank.
+    if not options.dry_run and (options.launched or not options.rdzv_id) and launch.adopt_rank():
         return _be_a_rank(request, options)
     try:
         return _launch(request, options, argv)
@@ -84,23 +95,43 @@ def _be_a_rank(request: Request, options: argparse.Namespace) -> int:
 
 def _launch(request: Request, options: argparse.Namespace, argv: list[str]) -> int:
     """Check what can be checked in no time, then start the ranks. Raises ValueError."""
+    if options.dry_run:
+        return _show(request, options, argv)
     num_gpus = _count_gpus()
     most = recipes.find(request.recipe, recipes.World(num_gpus or launch.CPU_RANKS, num_gpus)).most_ranks
     num_ranks = launch.default_ranks(num_gpus, most) if options.nproc is None else options.nproc
     if num_ranks < 1 or 0 < num_gpus < num_ranks:
         raise ValueError(f"--nproc: {num_ranks} is not between 1 and the number of GPUs ({num_gpus})")
-    _, table, _ = check_early(request, num_ranks, num_gpus)
-    if options.dry_run:
-        print(f"torchrun --standalone --nproc-per-node {num_ranks} -m megamoe_train.pretrain {' '.join(argv)}")
-        print("\n".join(f"  --{name} {' '.join(values)}".rstrip() for name, values in table.items()))
-        return 0
-    return launch.start(["--launched", *argv], num_ranks)
+    if options.nnodes < 1 or (options.nnodes > 1 and not (options.rdzv_endpoint and options.rdzv_id)):
+        raise ValueError(f"--nnodes: {options.nnodes} machines meet by --rdzv-endpoint HOST:PORT and --rdzv-id ID")
+    check_early(request, num_ranks * options.nnodes, num_gpus)
+    nodes = launch.Nodes(options.nnodes, options.rdzv_endpoint, options.rdzv_id)
+    return launch.start(["--launched", *argv], num_ranks, nodes)
+
+
+def _show(request: Request, options: argparse.Namespace, argv: list[str]) -> int:
+    """The torchrun command and the Megatron arguments, for the ranks asked for or those of the recipe's name."""
+    total = recipes.ranks_of(request.recipe)
+    num_ranks = min(total, GPUS_OF_A_NODE) if options.nproc is None else options.nproc
+    nnodes = options.nnodes if options.nproc or options.nnodes > 1 else -(-total // num_ranks)
+    recipe, table, _ = check_early(request, num_ranks * nnodes, num_ranks if total > 2 else _count_gpus(), dry=True)
+    meet = "--standalone" if nnodes == 1 else f"--nnodes {nnodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+    print(f"torchrun {meet} --nproc-per-node {num_ranks} -m megamoe_train.pretrain {' '.join(argv)}")
+    for line in (*recipe.notes, *recipe.stand_ins):
+        print(f"  # {line}")
+    print("\n".join(f"  --{name} {' '.join(values)}".rstrip() for name, values in table.items()))
+    return 0
 
 
 def _count_gpus() -> int:
+    """What torch can use. Raises ValueError where the driver shows GPUs that it cannot."""
     import torch
 
-    return torch.cuda.device_count()
+    from megamoe_train.training import machine
+
+    count = torch.cuda.device_count()
+    machine.check_driver(count, torch.version.cuda)
+    return count
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """What a recipe is: one full Megatron configuration, and the machine it is written for."""
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+
+def _has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 @dataclass(frozen=True)
@@ -11,10 +16,23 @@ class World:
 
     num_ranks: int  # all processes of the job
     num_gpus: int  # GPUs on this machine; 0 means the job runs on the CPU over gloo
+    has_transformer_engine: bool = field(default_factory=_has_transformer_engine)
 
     @property
     def on_gpu(self) -> bool:
         return self.num_gpus > 0
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A published part of a model that a recipe does not build, and what stands in its place."""
+
+    part: str
+    published: str
+    here: str
+
+    def __str__(self) -> str:
+        return f"stand-in for {self.part} ({self.published}): {self.here}"
 
 
 @dataclass(frozen=True)
@@ -26,5 +44,8 @@ class Recipe:
     summary: str  # one line, for the list of recipes
     settings: Mapping[str, Any]
     most_ranks: int | None = None  # processes to start on one machine at most; None: as many as it has GPUs
-    notes: tuple[str, ...] = ()  # stand-ins and limits, printed when the job starts
+    notes: tuple[str, ...] = ()  # limits, printed when the job starts
+    stand_ins: tuple[StandIn, ...] = ()  # printed when the job starts
     env: Mapping[str, str] = field(default_factory=dict)  # environment variables, where the user has not set them
+    for_h100: bool = False  # refused without a GPU, and where the memory model says that 80 GB are too few
+    needs_data: bool = False  # refused without --data: the texts that Python carries would be no training

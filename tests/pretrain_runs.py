@@ -66,7 +66,10 @@ def run(options: list[str], on_line: Callable[[str, subprocess.Popen], None] | N
         return process.wait(), "".join(said)
 
 
+TIMINGS = ("tokens_per_s", "tflops", "mfu", "allocated_gib", "reserved_gib")
+
+
 def history(out: Path) -> dict[tuple[int, str], object]:
     """Everything a run measured that must not depend on timing: (step, name) -> value."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {(line["step"], name): value for line in lines for name, value in line.items() if name != "tokens_per_s"}
+    return {(line["step"], name): value for line in lines for name, value in line.items() if name not in TIMINGS}

@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.utils import log_single_rank
 
-from megamoe_train import backends
+from megamoe_train import backends, placement
 from megamoe_train.config import BACKENDS, RECOMPUTE, check_choice
 from megamoe_train.megatron import cpu, experts, wheel, workspaces
 from megamoe_train.megatron.dispatcher import MegaMoETokenDispatcher
@@ -102,6 +102,8 @@ def _with_megamoe(original):
 
 def _take_over(layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
     """Our dispatcher, and our experts where we know Megatron's."""
+    if _options.backend != "reference":  # which works over any process group, wherever its ranks sit
+        placement.check_group(pg_collection.ep)
     paired = _options.experts == "paired" and experts.can_pair(layer.experts)
     layer.token_dispatcher = MegaMoETokenDispatcher(
         layer.num_local_experts, layer.local_expert_indices, layer.config, pg_collection, paired=paired

@@ -10,9 +10,10 @@ import traceback
 from argparse import Namespace
 from pathlib import Path
 
-from megamoe_train.training import checkpointing, prepare
+from megamoe_train import placement
+from megamoe_train.training import capacity, checkpointing, machine, prepare, settings
 from megamoe_train.training.console import Console
-from megamoe_train.training.request import RECORD, Job, Request, check
+from megamoe_train.training.request import RECORD, Job, Request, check, check_early
 
 USER_ERROR = 2  # exit status of a request that fails a check
 _GRACE_S = 10.0  # in which a failed rank's launcher ends the others
@@ -23,7 +24,9 @@ def run(request: Request, *, verbose: bool) -> int:
     console = Console(verbose=verbose)
     signal.signal(signal.SIGTERM, _leave)
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    held: list[object] = []  # what has to stay open as long as the job
     try:
+        held += _take_place(request, num_ranks)
         job = check(request, num_ranks)
         if job.start_step >= job.args.train_iters:
             if rank == 0:
@@ -42,6 +45,36 @@ def run(request: Request, *, verbose: bool) -> int:
     finally:
         if claim is not None:
             os.close(claim)
+
+
+def _take_place(request: Request, num_ranks: int) -> list[object]:
+    """This rank's GPU for itself, memory for its workspace, and expert-parallel groups inside NVLink domains.
+
+    Before Megatron is imported, and collective over all ranks: where one cannot go on, all leave with its reason.
+    Returns what has to stay open. Raises ValueError.
+    """
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    _, table, _ = check_early(request, num_ranks, num_gpus)
+    # The reference backend works over any process group, wherever its ranks sit.
+    ours = settings.dispatcher(table) == "megamoe" and table.get("megamoe-backend") != ["reference"]
+    held: list[object] = []
+    device, refused = None, None
+    if num_gpus:
+        device = int(os.environ["LOCAL_RANK"]) % num_gpus
+        torch.cuda.set_device(device)
+    place = placement.Place.mine(device)
+    if device is not None:
+        try:
+            held.append(machine.claim_gpu(place.gpu))
+            if ours:
+                machine.check_workspace(table, num_ranks, *torch.cuda.mem_get_info(device))
+        except ValueError as error:
+            refused = str(error)
+    group = settings.integer(table, "expert-model-parallel-size", 1) if ours else 1
+    held.append(placement.meet(group, place, refused=refused))
+    return held
 
 
 def claim_folder(out: Path) -> int:
@@ -124,6 +157,7 @@ def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: 
     from megatron.training.global_vars import set_global_variables
 
     from megamoe_train.training import data, model
+    from megamoe_train.training.speed import Speed
     from megamoe_train.training.watch import Watch
 
     out, args = job.request.out, job.args
@@ -132,7 +166,8 @@ def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: 
         _record(job)
         for line in header(job, prepared, num_ranks):
             console.say(line)
-    watch = Watch(console, out, f"{job.recipe.name} ({args.moe_token_dispatcher_type})", job.start_step, job.checkpoint)
+    title = f"{job.recipe.name} ({args.moe_token_dispatcher_type})"
+    watch = Watch(console, out, title, job.start_step, job.checkpoint, Speed(args), job.request.layers_every)
     watch.install()
     set_global_variables(args)
     if args.exit_signal_handler:
@@ -151,11 +186,21 @@ def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: 
             return int(leaving.code or 1)
         stopped = True
     console.end_progress()
+    _record_memory(out, rank)
     watch.draw()
     if watch.speaks:
         for line in watch.summary(time.time() - begin, args.train_iters, stopped):
             console.say(line)
     return 0
+
+
+def _record_memory(out: Path, rank: int) -> None:
+    """This rank's peaks of the session, bytes, in logs/memory-rankN.json. On a GPU only."""
+    import torch
+
+    if torch.cuda.is_available():
+        peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        (out / "logs" / f"memory-rank{rank}.json").write_text(json.dumps(peaks))
 
 
 def _record(job: Job) -> None:
@@ -182,11 +227,13 @@ def header(job: Job, prepared: prepare.Prepared | None, num_ranks: int) -> list[
     lines = [
         f"recipe {job.recipe.name}: {job.recipe.summary}",
         *(f"  note: {note}" for note in job.recipe.notes),
+        *(f"  {stand_in}" for stand_in in job.recipe.stand_ins),
         f"model: {args.num_layers} layers, hidden {args.hidden_size}, {_experts(args)}, vocabulary {args.vocab_size}",
         f"{num_ranks} ranks on {device} over {args.distributed_backend}: expert parallel "
         f"{args.expert_model_parallel_size}, pipeline {args.pipeline_model_parallel_size}",
         f"moe dispatcher {args.moe_token_dispatcher_type}{backend}",
     ]
+    lines.append(capacity.line(args, num_ranks))
     if prepared:
         lines.append(
             f"data: {prepared.source}; {prepared.train_tokens:,} tokens to train, {prepared.valid_tokens:,} to validate"

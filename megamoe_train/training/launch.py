@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from dataclasses import dataclass
 
 CPU_RANKS = 2
 _MOST_THREADS = 8  # per rank: small matrices gain nothing from more
@@ -48,25 +49,37 @@ def default_ranks(num_gpus: int, most: int | None) -> int:
     return min(ranks, most) if most else ranks
 
 
-def start(arguments: list[str], num_ranks: int) -> int:
-    """Run `python -m megamoe_train.pretrain ARGUMENTS` as `num_ranks` ranks under torchrun's agent.
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a job. One: this machine alone. More: the same command runs on each of them."""
+
+    count: int = 1
+    endpoint: str = ""  # HOST:PORT where the machines meet, HOST being the first of them
+    job: str = ""  # the same on all machines, another for every start of a job
+
+
+def start(arguments: list[str], num_ranks: int, nodes: Nodes | None = None) -> int:
+    """Run `python -m megamoe_train.pretrain ARGUMENTS` as `num_ranks` ranks on this machine under torchrun's agent.
 
     Returns the exit status: 0, that of the first rank that failed, or 128 + the signal that stopped the job.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    nodes = nodes or Nodes()
+
     # The ranks report their own failures; the agent's table of exit codes would only bury the message.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // num_ranks))))
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
         nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
+        run_id=nodes.job or uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
+        rdzv_endpoint=nodes.endpoint if nodes.count > 1 else "localhost:0",
+        rdzv_configs=_is_host(nodes),
+        local_addr="localhost" if nodes.count == 1 else os.environ.get("SLURMD_NODENAME"),
         max_restarts=0,
         monitor_interval=0.2,
         signals_to_handle="SIGQUIT",  # the others are ours
@@ -80,8 +93,18 @@ def start(arguments: list[str], num_ranks: int) -> int:
     return stopper.status
 
 
+def _is_host(nodes: Nodes) -> dict:
+    """Slurm says which machine is the first; elsewhere torch compares the endpoint with its own host names."""
+    if nodes.count == 1 or "SLURM_NODEID" not in os.environ:
+        return {}
+    return {"is_host": os.environ["SLURM_NODEID"] == "0"}
+
+
 class _Stopper:
-    """Hands the first stop signal to the ranks, and kills them at the second."""
+    """Hands the first stop signal to the ranks, and kills them at the second Ctrl-C.
+
+    A scheduler may deliver SIGTERM twice, to the step and through srun: the second changes nothing.
+    """
 
     def __init__(self) -> None:
         self.status = 0
@@ -89,7 +112,10 @@ class _Stopper:
             signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame) -> None:
-        again, self.status = bool(self.status), 128 + number
+        again, self.status = bool(self.status), self.status or 128 + number
+        if again and number != signal.SIGINT:
+            print("megamoe_train: stopping already", file=sys.stderr, flush=True)
+            return
         message = "killed" if again else "stopping after this step, with a checkpoint; once more to kill"
         print(f"\nmegamoe_train: {message}", file=sys.stderr, flush=True)
         for rank in _children():

@@ -1,7 +1,9 @@
 """What a run has measured so far: one JSON line per step and per validation, and a picture of the losses.
 
-`{"step": 7, "loss": 6.1, "lr": ..., "grad_norm": ..., "tokens_per_s": ..., "load": [[min, max, cv], ...]}` has one
-triple per MoE layer (fewest and most tokens of an expert over the layer's mean, and their coefficient of variation);
+`{"step": 7, "loss": 6.1, "lr": ..., "grad_norm": ..., "tokens_per_s": ..., "tflops": ..., "mfu": ..., "load": [[min,
+max, cv], ...]}` has one triple per MoE layer (fewest and most tokens of an expert over the layer's mean, and their
+coefficient of variation), on a GPU also `allocated_gib` and `reserved_gib`, the last rank's peaks so far, and at every
+step that `--log-layers` asks for `"layers": {number: {least, most, cv, empty, dropped}}`;
 `{"step": 50, "validation_loss": 5.2}` is one evaluation.
 """
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe_train import recipes
-from megamoe_train.training import checkpointing, corpus, prepare, settings
+from megamoe_train.training import capacity, checkpointing, corpus, prepare, settings
 
 RECORD = "run.json"  # in the output folder: what the run was started with
 _CONFIG = "megamoe-config"
@@ -31,6 +32,7 @@ class Request:
     config_files: tuple[str, ...] = ()  # flat YAML
     sets: tuple[str, ...] = ()
     megatron: tuple[str, ...] = ()  # Megatron arguments, as given after `--`
+    layers_every: int = 0  # steps between two tables of every layer's expert load; 0: none
 
     @property
     def checkpoints(self) -> Path:
@@ -72,13 +74,30 @@ class Job:
 
 
 def check_early(
-    request: Request, num_ranks: int, num_gpus: int
+    request: Request, num_ranks: int, num_gpus: int, *, dry: bool = False
 ) -> tuple[recipes.Recipe, settings.Settings, corpus.Source | None]:
-    """The checks that need neither torch nor Megatron: recipe, layout over ranks, data files. Raises ValueError."""
+    """The checks that need no Megatron: recipe, memory, layout over ranks, data files. Raises ValueError.
+
+    dry: nothing will run, so that GPUs and data may be missing.
+    """
     recipe = recipes.find(request.recipe, recipes.World(num_ranks=num_ranks, num_gpus=num_gpus))
     table = request.table(recipe)
+    if recipe.for_h100 and num_gpus == 0 and not dry:
+        raise ValueError(
+            f"recipe: {recipe.name} is for H100 GPUs, and torch sees none here; --dry-run shows what would run, "
+            "--recipe debug runs on the CPU"
+        )
+    capacity.check(recipe, table, num_ranks)
     settings.check_shape(table, num_ranks)
     settings.check_steps(table)
+    _check_tokenizer(table)
+    given = request.data or any(name in table for name in _OWN_DATA)
+    if recipe.needs_data and not given:
+        if dry:
+            return recipe, table, None
+        raise ValueError(
+            f"data: recipe {recipe.name} needs --data: text files, or the prefix of Megatron .bin/.idx token files"
+        )
     return recipe, table, _find_data(request, table)
 
 
@@ -92,6 +111,7 @@ def check(request: Request, num_ranks: int) -> Job:
     folder = _point_to_data(table, source, request)
     args = _parse(table)
     _check_backend(args)
+    _check_wandb(args)
     if isinstance(source, corpus.TokenFiles):
         from megamoe_train.training import tokens
 
@@ -103,6 +123,15 @@ def check(request: Request, num_ranks: int) -> Job:
         checkpointing.verify(checkpoint, args)
         _check_same_data(request.out, source)
     return Job(request, recipe, args, source, folder, checkpoint)
+
+
+def _check_tokenizer(table: settings.Settings) -> None:
+    """Raises ValueError for a tokenizer file that is not there; Megatron would find out after the ranks have met."""
+    for name in ("tokenizer-model", "vocab-file", "merge-file"):
+        for path in table.get(name, []):
+            looks_local = path.startswith((".", "/", "~")) or name != "tokenizer-model" or Path(path).suffix
+            if looks_local and not Path(path).expanduser().exists():
+                raise ValueError(f"{name}: {path} does not exist")
 
 
 def _find_data(request: Request, table: settings.Settings) -> corpus.Source | None:
@@ -180,6 +209,16 @@ def _check_backend(args: Namespace) -> None:
             backends.resolve(options().backend)
         except backends.BackendUnavailable as error:
             raise ValueError(str(error)) from error
+
+
+def _check_wandb(args: Namespace) -> None:
+    """Raises ValueError where Megatron's writer would fail: after the ranks have met, on the last one alone."""
+    if not args.wandb_project:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb-project: wandb is not installed (pip install wandb), or leave --wandb-project out")
+    if not args.wandb_exp_name:
+        raise ValueError("wandb-project: give the run a name too, --set wandb-exp-name=NAME")
 
 
 def _check_same_data(out: Path, source: corpus.Source | None) -> None:

@@ -88,6 +88,14 @@ def integer(settings: Settings, name: str, default: int) -> int:
         raise ValueError(f"{name}: {' '.join(settings[name]) or '(nothing)'!r} is not a whole number") from error
 
 
+def dispatcher(settings: Settings) -> str | None:
+    """The token dispatcher of the MoE layers; None where there are none, or Megatron chooses."""
+    if "num-experts" not in settings:
+        return None
+    (name,) = settings.get("moe-dispatcher") or settings.get("moe-token-dispatcher-type") or (None,)
+    return name
+
+
 def check_shape(settings: Settings, num_ranks: int) -> None:
     """Raises ValueError for a job that cannot be laid out: ranks, experts and batch sizes that do not divide."""
     tensor, pipeline, context, expert = (

@@ -10,15 +10,17 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-from megatron.training import get_args, get_tensorboard_writer, training
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
 
 from megamoe_train.training import checkpointing
 from megamoe_train.training.console import Console
-from megamoe_train.training.load import ExpertLoad
+from megamoe_train.training.load import ExpertLoad, LayerLoad
 from megamoe_train.training.metrics import Metrics, draw
+from megamoe_train.training.speed import Speed
 
 LOSS = "lm loss"
 _WATCHED = ("train", "train_step", "training_log", "evaluate", "save_checkpoint_and_time", "load_checkpoint")
@@ -33,9 +35,14 @@ class Watch:
         folder: Path,
         title: str,
         start_step: int,
-        checkpoint: checkpointing.Checkpoint | None = None,
+        checkpoint: checkpointing.Checkpoint | None,
+        speed: Speed,
+        layers_every: int = 0,
     ) -> None:
+        """layers_every: steps between two tables of every layer's expert load, in the log and the writers; 0: none."""
         self.console = console
+        self.speed = speed
+        self.layers_every = layers_every
         self.title = title
         self.picture = folder / "loss.png"
         self.step = start_step
@@ -128,29 +135,41 @@ class Watch:
             "loss": losses[LOSS].item() if LOSS in losses else float("nan"),  # a skipped step has none
             "lr": learning_rate,
             "grad_norm": None if grad_norm is None else float(grad_norm),
-            "tokens_per_s": tokens / seconds,
-            "load": [[round(value, 4) for value in layer] for layer in load.values()],
+            **self.speed.measured(tokens, seconds),
+            "load": [[round(value, 4) for value in layer.triple] for layer in load.values()],
         }
+        with_layers = bool(self.layers_every) and self.step % self.layers_every == 0
+        if with_layers:
+            line["layers"] = {layer: asdict(values) for layer, values in load.items()}
         self.metrics.add(line)
-        self._to_tensorboard(line, load)
+        self._to_writers(line, load, with_layers)
         text = describe(line)
         self.console.progress(self.step, args.train_iters, text)
         if not self.console.is_terminal and self._is_shown(args):
             self.console.say(f"step {self.step:>{len(str(args.train_iters))}}/{args.train_iters}  {text}")
+        if with_layers:
+            for row in layer_table(load):
+                self.console.say(row)
 
     def _is_shown(self, args) -> bool:
         """A log gets the first steps, every log interval and the last step."""
         early = self.step - self.start_step <= 3
         return early or self.step % args.log_interval == 0 or self.step == args.train_iters
 
-    def _to_tensorboard(self, line: dict, load: dict[int, tuple[float, float, float]]) -> None:
-        writer = get_tensorboard_writer()
-        if writer is None:
-            return
-        writer.add_scalar("tokens-per-second", line["tokens_per_s"], self.step)
+    def _to_writers(self, line: dict, load: dict[int, LayerLoad], with_layers: bool) -> None:
+        """Ours beside Megatron's own curves, through its TensorBoard and W&B writers where they exist."""
+        curves = {name: line[key] for key, name in Speed.CURVES.items() if line.get(key) is not None}
         for layer, values in load.items():
-            for name, value in zip(("min", "max", "cv"), values, strict=True):
-                writer.add_scalar(f"expert-load/layer-{layer}-{name}", value, self.step)
+            for name, value in zip(("min", "max", "cv"), values.triple, strict=True):
+                curves[f"expert-load/layer-{layer}-{name}"] = value
+            if with_layers:
+                curves[f"expert-load/layer-{layer}-empty"] = values.empty
+                curves[f"expert-load/layer-{layer}-dropped"] = values.dropped
+        if writer := get_tensorboard_writer():
+            for name, value in curves.items():
+                writer.add_scalar(name, value, self.step)
+        if wandb := get_wandb_writer():
+            wandb.log(curves, self.step)
 
     def _evaluate(self, original: Callable, *args, **kwargs):
         # pretrain() evaluates once more after the last step, on the same weights and, here, on the same samples.
@@ -186,7 +205,21 @@ def describe(line: dict) -> str:
     """One step as a user reads it."""
     norm = "-" if line["grad_norm"] is None else f"{line['grad_norm']:.2f}"
     text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad norm {norm}  {line['tokens_per_s']:,.0f} tokens/s"
+    if line.get("tflops") is not None:
+        text += f"  {line['tflops']:.3g} TFLOP/s/{'GPU' if 'allocated_gib' in line else 'rank'}"
+    if line.get("mfu") is not None:
+        text += f" ({100 * line['mfu']:.1f}% MFU)"
     if line["load"]:
         least, most, spread = zip(*line["load"], strict=True)
         text += f"  expert load {min(least):.2f}-{max(most):.2f} cv {max(spread):.2f}"
     return text
+
+
+def layer_table(load: dict[int, LayerLoad]) -> list[str]:
+    """Expert load of every layer, as lines for a log."""
+    rows = [
+        f"  layer {layer:>3}  expert load {one.least:.2f}-{one.most:.2f}  cv {one.cv:.2f}  empty {one.empty}  "
+        f"dropped {one.dropped}"
+        for layer, one in load.items()
+    ]
+    return rows or ["  no MoE layer has routed a token"]
