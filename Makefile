@@ -23,7 +23,7 @@ lint:  ## ruff and clang-format, without changing a file
 	.venv/bin/shellcheck launch/*.sh launch/train.slurm launch/cluster.env.example scripts/bootstrap
 	git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp' | xargs -r .venv/bin/clang-format --dry-run -Werror
 
-docs:  ## write the tables of docs/configuration.md from the code
+docs:  ## write the tables of docs/configuration.md and docs/recipes.md from the code
 	@sh scripts/bootstrap
 	$(PYTHON) scripts/configuration_tables.py
 

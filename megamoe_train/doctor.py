@@ -81,6 +81,31 @@ def probe_gpus() -> Section:
     return found
 
 
+def probe_fabric() -> Section:
+    """What lies between the GPUs: NVIDIA's matrix of links, symmetric memory, and measured pull bandwidth."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        return {"fabric": "none: no GPU"}
+    if count == 1:
+        return {"fabric": "none: one GPU, which has no peer"}
+    found: Section = {}
+    matrix = _output(["nvidia-smi", "topo", "-m"])
+    rows = [line.rstrip() for line in (matrix or "").splitlines() if re.match(r"\W*(\[4m)?\s*GPU\d", line)]
+    found["links (nvidia-smi topo -m)"] = rows or "not told"
+    command = [sys.executable, "-m", "megamoe_train.fabric"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return {**found, "measured": f"nothing after {CHILD_TIMEOUT_S:.0f} s: the fabric hangs"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines()
+        return {**found, "measured": f"failed: {said[-1] if said else f'exit status {done.returncode}'}"}
+    return found | json.loads(lines[-1])
+
+
 def probe_extension() -> Section:
     """The compiled CUDA extension: there, loadable, newer than its sources; else why not."""
     files = extension.built_files()
@@ -164,6 +189,7 @@ PROBES: dict[str, Callable[[], Section]] = {
     "driver": probe_driver,
     "torch": probe_torch,
     "GPUs": probe_gpus,
+    "fabric": probe_fabric,
     "extension": probe_extension,
     "Megatron": probe_megatron,
     "TransformerEngine": probe_transformer_engine,

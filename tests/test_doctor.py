@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megamoe_train import doctor, extension, reference, versions
 
@@ -36,7 +37,7 @@ def test_it_prints_where_torch_does_not_import(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
     printed = run_doctor(first_on_path=tmp_path)
-    assert printed.count("probe failed: OSError: libtorch_cpu.so: cannot open shared object file") == 3
+    assert printed.count("probe failed: OSError: libtorch_cpu.so: cannot open shared object file") == 4
     for heading in doctor.PROBES:
         assert f"\n{heading}\n" in f"\n{printed}"
     assert f"  torch: {versions.installed_version('torch')}" in printed
@@ -48,6 +49,41 @@ def test_a_probe_that_exits_only_fails_itself(monkeypatch):
 
     monkeypatch.setattr(doctor, "PROBES", {"one": leave, "two": lambda: {"key": "value"}})
     assert doctor.examine() == {"one": {"probe failed": "SystemExit: 1"}, "two": {"key": "value"}}
+
+
+def test_without_peers_there_is_no_fabric(monkeypatch):
+    assert doctor.probe_fabric() == {"fabric": "none: no GPU"} or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert doctor.probe_fabric() == {"fabric": "none: one GPU, which has no peer"}
+
+
+@pytest.mark.parametrize(
+    ("child", "expected"),
+    [
+        (
+            "print('noise'); print('{\"GPU 0: pull by SMs from 1\": \"335 GB/s\"}')",
+            ("GPU 0: pull by SMs from 1", "335 GB/s"),
+        ),
+        ("raise RuntimeError('no rendezvous')", ("measured", "failed: RuntimeError: no rendezvous")),
+        ("import time; time.sleep(60)", ("measured", "nothing after 5 s: the fabric hangs")),
+    ],
+)
+def test_the_fabric_is_measured_apart(monkeypatch, tmp_path, child, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(doctor, "CHILD_TIMEOUT_S", 5)
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n{child}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(doctor.sys, "executable", str(program))
+    smi = "#!/bin/sh\nprintf '\\tGPU0\\tGPU1\\nGPU0\\t X \\tNV18\\nGPU1\\tNV18\\t X \\n\\nLegend:\\n'\n"
+    (tmp_path / "nvidia-smi").write_text(smi)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    section = doctor.probe_fabric()
+    assert section["links (nvidia-smi topo -m)"] == ["GPU0\tGPU1", "GPU0\t X \tNV18", "GPU1\tNV18\t X"]
+    assert section[expected[0]] == expected[1]
 
 
 def test_lists_print_one_line_each():
