@@ -56,7 +56,9 @@ def _take_place(request: Request, num_ranks: int) -> list[object]:
     import torch
 
     num_gpus = torch.cuda.device_count()
-    _, table, _ = check_early(request, num_ranks, num_gpus)
+    recipe, table, _ = check_early(request, num_ranks, num_gpus)
+    for name, value in recipe.env.items():  # before there is a CUDA context, which reads some of them
+        os.environ.setdefault(name, value)
     # The reference backend works over any process group, wherever its ranks sit.
     ours = settings.dispatcher(table) == "megamoe" and table.get("megamoe-backend") != ["reference"]
     held: list[object] = []

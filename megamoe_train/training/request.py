@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -106,8 +105,6 @@ def check(request: Request, num_ranks: int) -> Job:
     import torch
 
     recipe, table, source = check_early(request, num_ranks, torch.cuda.device_count())
-    for name, value in recipe.env.items():
-        os.environ.setdefault(name, value)
     folder = _point_to_data(table, source, request)
     args = _parse(table)
     _check_backend(args)
