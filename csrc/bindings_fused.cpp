@@ -50,13 +50,10 @@ FusedArgs common_args(const Tensor& handle, const Tensor& plan_control, const Te
     return args;
 }
 
-// step 0: stage and announce; 1: the fused launch.
+// step 0: stage and announce; 1: the fused launch; 2: both.
 void run_step(int64_t step, const FusedArgs& args) {
-    if (step == 0) {
-        begin_fused(args);
-    } else {
-        run_fused(args);
-    }
+    if (step != 1) begin_fused(args);
+    if (step != 0) run_fused(args);
 }
 
 void forward(int64_t step, Tensor handle, Tensor plan_control, Tensor source_of, Tensor slot_of, Tensor ids,

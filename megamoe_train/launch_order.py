@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-_last: dict[int, tuple[torch.cuda.Event, int]] = {}  # device -> (after the last launch, its stream)
+_last: dict[int, tuple[int, torch.cuda.Stream | None]] = {}  # device -> raw stream of the last launch, and itself
 
 
 @contextlib.contextmanager
@@ -23,13 +23,10 @@ def in_order(device: torch.device) -> Iterator[None]:
         yield
         return
     index = torch.cuda.current_device() if device.index is None else device.index
-    stream = torch.cuda.current_stream(device)
-    event, last_stream = _last.get(index, (None, stream.cuda_stream))
-    if last_stream != stream.cuda_stream:
-        stream.wait_event(event)
-    try:
-        yield
-    finally:  # what a failed block has launched counts too
-        event = event or torch.cuda.Event()
-        event.record(stream)
-        _last[index] = event, stream.cuda_stream
+    raw = torch._C._cuda_getCurrentRawStream(index)
+    last, stream = _last.get(index, (raw, None))
+    if last != raw:
+        torch.cuda.current_stream(device).wait_stream(stream)
+    if last != raw or stream is None:
+        _last[index] = raw, torch.cuda.current_stream(device)  # also where the block fails: what it launched counts
+    yield

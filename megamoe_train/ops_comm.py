@@ -14,6 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from .ops import raw_stream
 from .plan import ROW_TILE, RoutingPlan
 from .workspace import Shape, Workspace
 
@@ -70,13 +71,13 @@ class DevicePlan:
 
     def wait(self) -> None:
         """Polls until the device has judged the plan. Raises MegaMoETimeout if a wait of the kernels failed."""
-        stream = torch.cuda.current_stream(self.ids.device) if self.ids.is_cuda else None
+        status = self.status.numpy()
         with self.workspace.guard.watch():
             for polls in itertools.count(1):
-                if int(self.status[0]):
+                if status[0]:
                     return
-                if stream is not None and polls % POLLS_PER_QUERY == 0:
-                    stream.query()  # raises what ended the kernels, should no record tell it
+                if self.ids.is_cuda and polls % POLLS_PER_QUERY == 0:
+                    torch.cuda.current_stream(self.ids.device).query()  # raises what ended the kernels
                 self.workspace.guard.check()
                 time.sleep(2e-6)
 
@@ -132,7 +133,7 @@ def first_capacity(workspace: Workspace) -> int:
 
 
 def _stream(workspace: Workspace) -> int:
-    return torch.cuda.current_stream(workspace.memory.device).cuda_stream
+    return raw_stream(workspace.memory.device)
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------

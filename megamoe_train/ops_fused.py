@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops
 from .ops_comm import DevicePlan, dispatch
 
-_BEGIN, _LAUNCH = 0, 1
+_BEGIN, _LAUNCH, _BOTH = 0, 1, 2
 DP_TILE = 256  # columns of I that one partial sum of dp covers
 
 
@@ -77,7 +77,7 @@ class _Call:
         )  # fmt: skip
 
     def launch_arguments(self) -> tuple[Tensor, int, int]:
-        return self.counters, self.num_sms, torch.cuda.current_stream(self.device).cuda_stream
+        return self.counters, self.num_sms, ops.raw_stream(self.device)
 
     def step(self, step: int) -> None:
         raise NotImplementedError
@@ -154,8 +154,7 @@ class BackwardCall(_Call):
 
 def _run(call: _Call) -> None:
     with call.plan.workspace.guard.watch():
-        call.begin()
-        call.launch()
+        call.step(_BOTH)
 
 
 def forward(

@@ -16,8 +16,8 @@ namespace {
 constexpr int kPullLeadRows = 8192;     // rows pulled ahead of those in work: soon enough, and still in L2 when read
 constexpr int kPullClaimBytes = 16384;  // small claims, so that the first expert's rows are there soon
 
-Pull pull_of(int buffer, const void* tokens, const float* weights, void* pool) {
-    return {buffer, static_cast<const uint8_t*>(tokens), weights, static_cast<uint8_t*>(pool)};
+Pull pull_of(int buffer, const void* tokens, const float* weights, bool weighted, void* pool) {
+    return {buffer, static_cast<const uint8_t*>(tokens), weights, weighted, static_cast<uint8_t*>(pool)};
 }
 
 int claim_rows(int64_t row_bytes) {
@@ -113,12 +113,12 @@ void backward_products(const FusedArgs& args, GemmParams* products) {
 
 void pulls_of(const FusedArgs& args, FusedParams& params) {
     if (!args.backward) {
-        params.pulls[0] = pull_of(0, args.x, args.weights, args.pool);
+        params.pulls[0] = pull_of(0, args.x, args.weights, true, args.pool);
         params.num_pulls = 1;
         return;
     }
-    params.pulls[0] = pull_of(1, args.dy, args.weights, args.pool);
-    params.pulls[1] = pull_of(0, args.x, nullptr, args.second_pool);
+    params.pulls[0] = pull_of(1, args.dy, args.weights, true, args.pool);
+    params.pulls[1] = pull_of(0, args.x, nullptr, false, args.second_pool);
     params.num_pulls = args.second_pool == nullptr ? 1 : 2;
 }
 

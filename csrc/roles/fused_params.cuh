@@ -11,7 +11,8 @@ namespace megamoe {
 struct Pull {
     int buffer;             // staging buffer of the peers
     const uint8_t* tokens;  // [T, H] bf16 of this rank
-    const float* weights;   // [T, K] p of this rank; null: rows only
+    const float* weights;   // [T, K] p of this rank; null where it has no token
+    bool weighted;          // p comes with the rows
     uint8_t* pool;          // [capacity, H] bf16
 };
 

@@ -35,7 +35,7 @@ __device__ __forceinline__ RowOrigin row_origin(const FusedParams& params, const
     const bool here = source.rank == params.peers.rank;
     const uint8_t* tokens = here ? pull.tokens : staging(params.peers, source.rank, pull.buffer);
     const uint8_t* from = tokens + int64_t{source.flat / params.top_k} * params.row_bytes;
-    if (pull.weights == nullptr) return {from, 0.0f};
+    if (!pull.weighted) return {from, 0.0f};
     const float* p = here ? pull.weights : staged_weights(params.peers, source.rank, pull.buffer);
     return {from, ptx::load_float(p + source.flat)};
 }
@@ -88,7 +88,7 @@ __device__ void pull_rows(const FusedParams& params, int which, int64_t until, u
         const RowSource source = decode_source(mine ? params.source_of[first + lane] : -1);
         wait_for_peers(peers, source.rank, expected, seen);
         const RowOrigin origin = row_origin(params, pull, source);
-        if (mine && pull.weights != nullptr) params.row_weights[first + lane] = origin.weight;
+        if (mine && pull.weighted) params.row_weights[first + lane] = origin.weight;
         for (int i = 0; i < params.claim_rows; ++i) {
             const uint64_t from = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(origin.from), i);
             copy_row<kDepth>(pull.pool + (first + i) * params.row_bytes, reinterpret_cast<const uint8_t*>(from),
