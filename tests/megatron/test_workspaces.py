@@ -60,7 +60,7 @@ def on_a_gpu(folder, ep_size):
 
 
 def _built_layers(patch, ep_size):
-    from megamoe_train import backends, install
+    from megamoe_train import backends, install, ops
     from megamoe_train.megatron import workspaces
     from megamoe_train.workspace import Shape, Workspace
 
@@ -84,6 +84,13 @@ def _built_layers(patch, ep_size):
         assert backend.asked == ((5, layers.TOP_K), layers.EXPERTS, ep_size, layers.HIDDEN)
         spaces.append(backend.workspace)
     assert spaces[0] is spaces[1] and spaces[0].shape == shape
+    patch.setattr(ops, "load", lambda: None)
+    install(experts="staged")
+    assert layers.new_layer(layers.config()).token_dispatcher.staged.workspace is spaces[0]
+    install(tokens=None)
+    with pytest.raises(ValueError, match="megamoe: tokens: got None with staged experts; allowed: the most"):
+        layers.new_layer(layers.config())
+    install(experts="paired")
     install(tokens=None)
     if ep_size > 1:
         with pytest.raises(ValueError, match="megamoe: tokens: got None with expert parallelism; allowed: the most"):
