@@ -17,6 +17,8 @@ def route(kind: str, tokens: int, top_k: int, num_experts: int, ranks: int, gene
     """`[T, K]` int64 expert numbers, distinct within a token; -1 = dropped."""
     if kind == "first_and_last":  # the ranks between own no row
         return torch.where(torch.arange(tokens * top_k).view(tokens, top_k) % 2 == 0, 0, num_experts - 1)
+    if kind == "last":  # every token to one expert of the last rank
+        return torch.full((tokens, top_k), num_experts - 1)
     if kind == "balanced":
         slots = torch.arange(tokens * top_k).view(tokens, top_k)
         return slots % num_experts

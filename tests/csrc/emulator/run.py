@@ -88,8 +88,9 @@ def rank_without_rows_runs_ahead() -> None:
 
 
 def dispatches_back_to_back() -> None:
-    """One staging buffer, new rows each time, the peer late: only its acknowledgements protect what it pulls."""
-    load = Load("uniform", (12, 20), 2, 4)
+    """One staging buffer, new rows each time. Rank 0 receives nothing, so that only the acknowledgements of the late
+    rank 1 keep it from staging all three before the first is pulled."""
+    load = Load("last", (12, 20), 1, 4)
     ranks = EmulatedRanks(load)
     data = [Data(load, 256, seed, "cpu") for seed in range(3)]
     plans_now = data[0].plans(ranks)
