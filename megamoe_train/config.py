@@ -95,6 +95,9 @@ ENVIRONMENT = {
     "MEGAMOE_NVLINK_DOMAIN": EnvVariable(
         "", "the NVLink domain this host's GPUs belong to; empty: the host. Expert-parallel groups must lie in one"
     ),
+    "MEGAMOE_RANDOM_DELAYS": EnvVariable(
+        "0", "1: kernels are built to sleep at random before each signal and after each wait, for tests of their order"
+    ),
     "MEGAMOE_FORCE_CUDA_BUILD": EnvVariable("0", "1: an install that cannot build the CUDA extension fails"),
 }
 
