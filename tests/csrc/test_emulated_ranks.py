@@ -40,7 +40,7 @@ MUTATIONS = {
     "sum before the pushes": (
         "kernels/combine.cu", "if (params.peers.ranks > 1) wait_pushed_kernel<<<1, kMaxRanks, 0, stream>>>(params);",
         "", FIRST),
-    "pushed announced by the first CTA": ("kernels/combine.cu", EARLY, EARLY.replace("!last_cta", "last_cta"), PIECES),
+    "pushed announced by the first CTA": ("kernels/combine.cu", EARLY, EARLY.replace("!last_cta", "last_cta"), FIRST),
     "rows not written when the warp is done": ("roles/mover.cuh", "ptx::tma_store_wait_all();", "", PIECES),
     "no proxy fence between bulk stores and release": (
         "roles/mover.cuh", "ptx::tma_store_wait_all();\n        ptx::fence_async();", "ptx::tma_store_wait_all();",
