@@ -94,6 +94,16 @@ def most_rows_alone(slots: int, experts: int) -> int:
 
 
 def _device_plan(workspace: Workspace, ids: Tensor) -> ops_comm.DevicePlan:
+    """What follows the first signal to the peers must not fail in silence: out of memory ends their waits, by name."""
+    try:
+        return _sized_plan(workspace, ids)
+    except torch.OutOfMemoryError:
+        if workspace.shape.ranks > 1:
+            workspace.abort()
+        raise
+
+
+def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_comm.DevicePlan:
     if workspace.sizing == "exact":
         return ops_comm.build_plan(workspace, ids, sizing="exact")
     if workspace.sizing == "fixed":

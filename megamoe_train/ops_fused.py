@@ -61,6 +61,10 @@ class _Call:
     """What the two passes share: the plan's tensors and the launch."""
 
     def __init__(self, plan: DevicePlan, num_sms: int):
+        if plan.row_tile != ops.ROW_TILE:
+            raise ValueError(
+                f"plan: got row_tile {plan.row_tile}; allowed: {ops.ROW_TILE}, experts padded to row tiles"
+            )
         self.plan, self.num_sms = plan, num_sms
         self.device = plan.source_of.device
         size = torch.ops.megamoe.fused_counters(plan.capacity, plan.tokens)
@@ -153,7 +157,7 @@ class BackwardCall(_Call):
 
 
 def _run(call: _Call) -> None:
-    with call.plan.workspace.guard.watch():
+    with call.plan.workspace.launching():
         call.step(_BOTH)
 
 

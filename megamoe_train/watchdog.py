@@ -86,7 +86,7 @@ class Record:
         text = f"epoch {word >> 32}"
         if self.what != READY or not word & 0xFFFFFFFF:
             return text
-        return f"{text} {OPS.get(word >> 24 & 0xFF, 'unknown')} of plan {word & 0xFFFFFF}"
+        return f"{text} {OPS.get(word >> 24 & 0x3F, 'unknown')} of plan {word & 0xFFFFFF}"
 
 
 class Guard:

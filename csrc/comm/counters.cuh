@@ -17,7 +17,7 @@ __device__ __forceinline__ void wait_counter(const Peers& peers, const int* coun
             if (ptx::load_relaxed_sys(abort) != 0) {
                 fail(peers, what, Failure::kAborted, static_cast<int>(ptx::load_relaxed_sys(abort)) - 1, least, seen);
             }
-            if (ptx::global_nanoseconds() - start > peers.deadline.nanoseconds) {
+            if (ptx::global_nanoseconds() - start > inner_limit(peers.deadline)) {
                 fail(peers, what, Failure::kExpired, -1, least, seen);
             }
             seen = ptx::load_acquire_gpu(counter);

@@ -74,8 +74,10 @@ __device__ __forceinline__ uint32_t* tile_flag(const Peers& peers, int at, int o
 __device__ __forceinline__ uint64_t epoch_word(uint32_t epoch) { return static_cast<uint64_t>(epoch) << 32; }
 __device__ __forceinline__ uint32_t epoch_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
 
-__device__ __forceinline__ uint64_t ready_word(uint32_t epoch, Op op, int plan) {
-    return epoch_word(epoch) | static_cast<uint64_t>(op) << 24 | (plan & 0xffffff);
+// `staged`: the staging buffers that a fused pass offers, a bit each, so that ranks that differ in it find out.
+__device__ __forceinline__ uint64_t ready_word(uint32_t epoch, Op op, int plan, unsigned staged = 0) {
+    return epoch_word(epoch) | static_cast<uint64_t>(staged) << 30 | static_cast<uint64_t>(op) << 24 |
+           (plan & 0xffffff);
 }
 
 // In a build with MEGAMOE_RANDOM_DELAYS: sleeps up to ~16 us before a signal and after a wait, so that a missing order
@@ -88,14 +90,11 @@ __device__ __forceinline__ void random_delay() {
 #endif
 }
 
-// Writes the record, raises the abort word at every rank so that none waits for its own deadline, and traps.
+// Raises the abort word at every rank, writes the record and traps.
 [[noreturn]] static __device__ __noinline__ void fail(const Peers& peers, Waiting what, Failure failure, int peer,
                                                       uint64_t expected, uint64_t seen) {
+    raise_abort(peers.deadline);
     write_record(peers.deadline, what, failure, peer, expected, seen);
-    for (int r = 0; r < peers.ranks; ++r) {
-        ptx::store_release_sys(words(peers, r, peers.layout.abort), peers.rank + 1);
-    }
-    __threadfence_system();
     __trap();
     __builtin_unreachable();
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "ptx/barrier.cuh"
 #include "ptx/clock.cuh"
+#include "ptx/memory.cuh"
 
 namespace megamoe {
 
@@ -36,7 +37,24 @@ struct Deadline {
     unsigned long long nanoseconds;
     WaitRecord* record;  // may be null
     int rank;
+    int ranks;              // 0: no peers to tell
+    const uint64_t* bases;  // [ranks] workspaces
+    int64_t abort;          // offset of the abort word in each
 };
+
+// Waits inside a rank are given an eighth more: where both expire, the one that names a peer tells more.
+__device__ __forceinline__ unsigned long long inner_limit(const Deadline& deadline) {
+    return deadline.nanoseconds + deadline.nanoseconds / 8;
+}
+
+// The abort word at every rank, so that none waits for its own deadline. Before the record: whoever sees that complete
+// may trap, which ends this thread too.
+__device__ __forceinline__ void raise_abort(const Deadline& deadline) {
+    for (int r = 0; r < deadline.ranks; ++r) {
+        ptx::store_release_sys(reinterpret_cast<uint64_t*>(deadline.bases[r] + deadline.abort), deadline.rank + 1);
+    }
+    __threadfence_system();
+}
 
 __device__ __forceinline__ void write_record(const Deadline& deadline, Waiting what, Failure failure, int peer,
                                              unsigned long long expected, unsigned long long seen) {
@@ -62,6 +80,7 @@ __device__ __forceinline__ void write_record(const Deadline& deadline, Waiting w
 
 // A call that does not return: inlined, the record's stores cost every role registers at each of its waits.
 [[noreturn]] static __device__ __noinline__ void expire(const Deadline& deadline, Waiting what, int expected) {
+    raise_abort(deadline);
     write_record(deadline, what, Failure::kExpired, -1, expected, expected ^ 1);
     __trap();
     __builtin_unreachable();
@@ -70,7 +89,7 @@ __device__ __forceinline__ void write_record(const Deadline& deadline, Waiting w
 __device__ __forceinline__ void wait_slow(uint64_t* barrier, uint32_t parity, const Deadline& deadline, Waiting what) {
     const unsigned long long start = ptx::global_nanoseconds();
     while (!ptx::mbarrier_try_wait(barrier, parity)) {
-        if (ptx::global_nanoseconds() - start > deadline.nanoseconds) expire(deadline, what, static_cast<int>(parity));
+        if (ptx::global_nanoseconds() - start > inner_limit(deadline)) expire(deadline, what, static_cast<int>(parity));
     }
 }
 

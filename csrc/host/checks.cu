@@ -22,8 +22,14 @@ void require(bool good, const char* name, int64_t value, const char* allowed) {
 }
 
 Deadline deadline_of(const WorkspaceHandle& handle) {
-    return {static_cast<unsigned long long>(handle.deadline_ns), reinterpret_cast<WaitRecord*>(handle.wait_record),
-            static_cast<int>(handle.rank)};
+    const WorkspaceLayout layout =
+        workspace_layout({handle.ranks, handle.experts, handle.top_k, handle.hidden, handle.tokens});
+    return {static_cast<unsigned long long>(handle.deadline_ns),
+            reinterpret_cast<WaitRecord*>(handle.wait_record),
+            static_cast<int>(handle.rank),
+            static_cast<int>(handle.ranks),
+            reinterpret_cast<const uint64_t*>(handle.bases),
+            layout.abort};
 }
 
 Peers peers_of(const WorkspaceHandle& handle) {

@@ -111,7 +111,13 @@ void backward_products(const FusedArgs& args, GemmParams* products) {
     products[kProductWgrad1] = wgrad_of(args, 1, args.dh, 2 * inter, args.second_pool, hidden);
 }
 
+// A bit per staging buffer that this operation fills: dY in 1, x in 0.
+unsigned staged_buffers(const FusedArgs& args) {
+    return args.backward ? 2u | (args.second_pool != nullptr ? 1u : 0u) : 1u;
+}
+
 void pulls_of(const FusedArgs& args, FusedParams& params) {
+    params.staged = staged_buffers(args);
     if (!args.backward) {
         params.pulls[0] = pull_of(0, args.x, args.weights, true, args.pool);
         params.num_pulls = 1;
@@ -157,12 +163,14 @@ void begin_fused(const FusedArgs& args) {
     if (!alone) check(launch_stage(rows, args.stream), "staging rows");
     if (!alone && second) check(launch_stage(staging_of(args, 0, args.x, nullptr), args.stream), "staging x");
     check(cudaMemsetAsync(args.counters, 0, args.counters_size * sizeof(int), args.stream), "clearing the counters");
-    check(launch_announce(rows, alone ? 0 : 1u << first | (second ? 1u : 0), args.stream), "launching announce");
+    check(launch_announce(rows, staged_buffers(args), args.stream), "launching announce");
 }
 
 void run_fused(const FusedArgs& args) {
     require(args.tokens <= args.workspace.tokens, "T", args.tokens, "at most the workspace's tokens");
     require(args.capacity > 0 && args.capacity % kRowTile == 0, "pool rows", args.capacity, "multiples of 128");
+    require((args.second_pool != nullptr) == (args.gradient_maps[1] != nullptr), "second_pool given",
+            args.second_pool != nullptr, "together with the gradients of fc1");
     require(args.inter > 0 && args.inter % 128 == 0, "I", args.inter, "multiples of 128");
     require(args.counters_size >= fused_counters(args.capacity, args.tokens), "counters' size", args.counters_size,
             "at least fused_counters");

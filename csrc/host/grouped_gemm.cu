@@ -51,8 +51,9 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     params.k_blocks = args.k_extent / kBlockK;
     params.limit = clamp_pair(args.limit);
     params.accumulate = args.accumulate;
-    params.deadline = {static_cast<unsigned long long>(args.deadline_ns), static_cast<WaitRecord*>(args.wait_record),
-                       0};
+    params.deadline = {};
+    params.deadline.nanoseconds = static_cast<unsigned long long>(args.deadline_ns);
+    params.deadline.record = static_cast<WaitRecord*>(args.wait_record);
     check(launch_grouped_gemm(gemm, params, args.claims, args.num_sms > 0 ? args.num_sms : sm_count(), args.stream),
           "launching the grouped GEMM");
 }

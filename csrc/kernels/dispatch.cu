@@ -48,7 +48,7 @@ __global__ void announce_kernel(const __grid_constant__ RowsParams params, unsig
     // What this rank staged through the generic proxy is pulled by its peers' async proxy.
     ptx::fence_async();
     signal(peers, threadIdx.x, peers.layout.ready, ready_index(peers, epoch, peers.rank),
-           ready_word(epoch, params.op, params.plan_control[kPlanId]));
+           ready_word(epoch, params.op, params.plan_control[kPlanId], params.op >= Op::kForward ? staged : 0));
 }
 
 // Pulls all rows. Pulled -> acknowledged: every warp's mbarrier waits and wait_group 0; ticket (atom.acq_rel.gpu); the

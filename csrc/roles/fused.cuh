@@ -190,6 +190,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
             if (params.products[i].wanted) acquire_maps(params.products[i]);
         }
     }
+    __syncwarp();
     ptx::cluster_sync();
 
     const int rank = static_cast<int>(ptx::cluster_rank());

@@ -51,6 +51,7 @@ struct FusedParams {
     int tiles;       // row tiles of the pools
     Pull pulls[2];
     int num_pulls;
+    unsigned staged;      // staging buffers that the pulls read, a bit each
     float* row_weights;   // [capacity] p of each row
     uint8_t* tokens_out;  // [T, H] bf16: y or dx
     float* dweights;      // [T, K]; null in forward
@@ -59,7 +60,7 @@ struct FusedParams {
 
 __device__ __forceinline__ uint64_t expected_ready(const FusedParams& params) {
     const uint32_t epoch = static_cast<uint32_t>(state_word(params.peers, kStateOpEpoch));
-    return ready_word(epoch, params.op, params.plan_control[kPlanId]);
+    return ready_word(epoch, params.op, params.plan_control[kPlanId], params.staged);
 }
 
 // By a whole warp, before it touches what any peer owns.

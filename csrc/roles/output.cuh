@@ -66,6 +66,7 @@ __device__ __forceinline__ Share share_of(const GemmParams& params, const UnitSl
 __device__ __forceinline__ uint32_t acquire_output(SharedStorage& shared, const Deadline& deadline, int warp_row,
                                                    OutputPlace place) {
     wait(&shared.stage_full[place.index], place.parity, deadline, Waiting::kStageFull);
+    __syncwarp();
     return ptx::smem_address(output_memory(shared, place)) + warp_row * 128;
 }
 

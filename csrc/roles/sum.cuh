@@ -128,12 +128,16 @@ __device__ void sum_tokens(const FusedParams& params, uint64_t& seen) {
     const int blocks = ceil_div(params.tokens, 32);
     // Whoever finishes has seen every peer start: none can be an operation behind.
     wait_for_all_peers(peers, expected_ready(params), seen);
-    const unsigned long long start = ptx::global_nanoseconds();
+    unsigned long long start = ptx::global_nanoseconds();  // of the time without any progress
+    int before = 0;
     // Every warp sweeps over all blocks; only where it begins depends on its place.
     int block = blocks == 0 ? 0 : static_cast<int>((blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 37 % blocks);
     for (int idle = 0;; block = block + 1 < blocks ? block + 1 : 0) {
-        const int summed = ptx::load_relaxed_gpu(params.counters.summed);
+        // One lane decides for the warp: another one might read a newer number and leave alone.
+        int summed = lane == 0 ? ptx::load_relaxed_gpu(params.counters.summed) : 0;
+        summed = __shfl_sync(0xffffffffu, summed, 0);
         if (summed >= params.tokens) return;
+        if (summed != before) before = summed, start = ptx::global_nanoseconds();
         const int count = sum_block<kBatch>(params, block, epoch);
         if (count != 0) {
             if (lane == 0) atomicAdd(params.counters.summed, count);
