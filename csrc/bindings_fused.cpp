@@ -99,6 +99,7 @@ void backward(int64_t step, Tensor handle, Tensor plan_control, Tensor source_of
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
     m.def("fused_counters(int capacity, int tokens) -> int");
+    m.def("preload_kernels() -> ()");
     m.def(
         "fused_forward(int step, Tensor handle, Tensor plan_control, Tensor source_of, Tensor slot_of, Tensor ids,"
         " Tensor expert_rows, Tensor expert_offset, Tensor x, Tensor weights, Tensor fc1_maps, Tensor fc2_maps,"
@@ -115,6 +116,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) {
     m.impl("fused_counters", TORCH_BOX(&megamoe::fused_counters));
+    m.impl("preload_kernels", TORCH_BOX(&megamoe::preload_kernels));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CUDA, m) {

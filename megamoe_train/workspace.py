@@ -175,6 +175,9 @@ class Workspace:
             dtype=torch.int64,
         )  # fmt: skip
         check_layout(shape)
+        if memory.is_cuda:
+            with torch.cuda.device(memory.device):
+                torch.ops.megamoe.preload_kernels()
 
     @classmethod
     def create(

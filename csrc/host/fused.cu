@@ -155,6 +155,14 @@ int64_t fused_counters(int64_t capacity, int64_t tokens) {
     return kFusedScalars + 4 * (capacity / kRowTile) + (tokens + 31) / 32;
 }
 
+void preload_kernels() {
+    check(load_plan_kernels(), "loading the plan's kernels");
+    check(load_dispatch_kernels(), "loading dispatch's kernels");
+    check(load_combine_kernels(), "loading combine's kernels");
+    check(load_forward_kernel(), "loading the fused forward");
+    check(load_backward_kernel(), "loading the fused backward");
+}
+
 void begin_fused(const FusedArgs& args) {
     const bool alone = args.workspace.ranks == 1;
     const bool second = args.backward && args.second_pool != nullptr;

@@ -48,6 +48,9 @@ struct FusedArgs {
     cudaStream_t stream;
 };
 
+// Loads every kernel whose launch another rank may be waiting for. Throws std::runtime_error.
+void preload_kernels();
+
 // Ints that `counters` needs.
 int64_t fused_counters(int64_t capacity, int64_t tokens);
 

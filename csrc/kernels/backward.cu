@@ -1,4 +1,5 @@
 #include "kernels/fused.hpp"
+#include "kernels/load.cuh"
 #include "roles/fused.cuh"
 
 namespace megamoe {
@@ -6,5 +7,7 @@ namespace megamoe {
 cudaError_t launch_backward(const FusedParams& params, int num_sms, cudaStream_t stream) {
     return launch_fused_kernel<true>(params, num_sms, stream);
 }
+
+cudaError_t load_backward_kernel() { return load_kernels(fused_kernel<true>); }
 
 }  // namespace megamoe

@@ -1,5 +1,6 @@
 #include "roles/combine.cuh"
 
+#include "kernels/load.cuh"
 #include "kernels/movers.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/rows.cuh"
@@ -66,5 +67,7 @@ cudaError_t launch_sum(const RowsParams& params, cudaStream_t stream) {
     sum_kernel<<<params.tokens, threads, 0, stream>>>(params);
     return cudaGetLastError();
 }
+
+cudaError_t load_combine_kernels() { return load_kernels(push_kernel, wait_pushed_kernel, sum_kernel); }
 
 }  // namespace megamoe

@@ -1,3 +1,4 @@
+#include "kernels/load.cuh"
 #include "kernels/movers.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/rows.cuh"
@@ -94,6 +95,10 @@ cudaError_t launch_pull(const RowsParams& params, int num_sms, cudaStream_t stre
 cudaError_t launch_abort(const Peers& peers, cudaStream_t stream) {
     abort_kernel<<<1, kMaxRanks, 0, stream>>>(peers);
     return cudaGetLastError();
+}
+
+cudaError_t load_dispatch_kernels() {
+    return load_kernels(wait_pulled_kernel, stage_kernel, announce_kernel, pull_kernel, abort_kernel);
 }
 
 }  // namespace megamoe

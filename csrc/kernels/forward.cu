@@ -1,4 +1,5 @@
 #include "kernels/fused.hpp"
+#include "kernels/load.cuh"
 #include "roles/fused.cuh"
 
 namespace megamoe {
@@ -6,5 +7,7 @@ namespace megamoe {
 cudaError_t launch_forward(const FusedParams& params, int num_sms, cudaStream_t stream) {
     return launch_fused_kernel<false>(params, num_sms, stream);
 }
+
+cudaError_t load_forward_kernel() { return load_kernels(fused_kernel<false>); }
 
 }  // namespace megamoe

@@ -6,6 +6,9 @@ namespace megamoe {
 
 struct FusedParams;
 
+cudaError_t load_forward_kernel();  // see load.cuh
+cudaError_t load_backward_kernel();
+
 // dispatch, fc1, SwiGLU, fc2, combine
 cudaError_t launch_forward(const FusedParams& params, int num_sms, cudaStream_t stream);
 

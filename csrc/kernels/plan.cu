@@ -1,3 +1,4 @@
+#include "kernels/load.cuh"
 #include "kernels/plan.cuh"
 
 namespace megamoe {
@@ -352,6 +353,10 @@ cudaError_t launch_plan_sources(const PlanParams& params, cudaStream_t stream) {
     if (params.peers.ranks > 1) wait_listed_kernel<<<1, kMaxRanks, 0, stream>>>(params);
     plan_sources_kernel<<<grid, kPlanThreads, 0, stream>>>(params);
     return cudaGetLastError();
+}
+
+cudaError_t load_plan_kernels() {
+    return load_kernels(plan_count_kernel, plan_place_kernel, wait_listed_kernel, plan_sources_kernel);
 }
 
 }  // namespace megamoe

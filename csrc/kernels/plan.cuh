@@ -57,6 +57,8 @@ constexpr int kPlanThreads = 256;
 constexpr int kPlanSlotsPerCta = 1024;
 constexpr int kPlanMaxBlocks = 128;
 
+cudaError_t load_plan_kernels();  // see load.cuh
+
 cudaError_t launch_plan_count(const PlanParams& params, cudaStream_t stream);
 cudaError_t launch_plan_place(const PlanParams& params, cudaStream_t stream);
 cudaError_t launch_plan_sources(const PlanParams& params, cudaStream_t stream);

@@ -7,6 +7,9 @@
 
 namespace megamoe {
 
+cudaError_t load_dispatch_kernels();  // see load.cuh
+cudaError_t load_combine_kernels();
+
 // Copies tokens_in and weights into this rank's staging buffer, once every peer has pulled what it held before.
 cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream);
 

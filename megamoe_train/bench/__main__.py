@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import dispatch, gemm, layer
+from . import dispatch, fused, gemm, layer
 
 
 def commit() -> str:
@@ -36,6 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--json", type=Path, help="also write the rows here")
     dispatch.add_arguments(tables)
     layer.add_arguments(tables)
+    fused.add_arguments(tables)
     return parser.parse_args(argv)
 
 
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         return layer.main(args, commit())
     if args.table == "dispatch":
         rows = dispatch.run(args)
+    elif args.table == "fused":
+        rows = fused.table(args)
     else:
         rows = gemm.run(args.shapes, args.groups, args.products, args.modes, args.iterations)
     if args.json:
