@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,18 +34,18 @@ def loop_grouped_mm(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
     return torch.stack([left[:, begin:end] @ right[begin:end] for begin, end in parts])
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The Triton kernels, run by Triton's interpreter."""
-    return _interpreted(monkeypatch.setenv)
+@pytest.fixture(scope="module")
+def interpreter():
+    """A process of its own in which Triton, its standard library too, runs in Triton's interpreter.
 
-
-def _interpreted(setenv):
-    setenv("TRITON_INTERPRET", "1")
-    from megamoe_train.bench import unfused, unfused_kernels
-
-    importlib.reload(unfused_kernels)
-    return importlib.reload(unfused)
+    Triton reads the variable when it is imported, which here other tests have done.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        pool.submit(torch.set_num_threads, 1).result()
+    with pool:
+        yield pool
 
 
 def inputs_of(shape: Shape, rank: int) -> tuple[Routing, Weights]:
@@ -54,7 +56,9 @@ def inputs_of(shape: Shape, rank: int) -> tuple[Routing, Weights]:
     return given, weights
 
 
-def against_reference(unfused, shape: Shape, rank: int, group, accumulate: bool, routed: bool) -> None:
+def against_reference(shape: Shape, rank: int, group, accumulate: bool, routed: bool) -> None:
+    from megamoe_train.bench import unfused
+
     given, weights = inputs_of(shape, rank)
     plan = build_plan(given.ids, shape.experts, group=group)
     args = plan, given.weights, list(weights.fc1), list(weights.fc2)
@@ -76,21 +80,17 @@ def against_reference(unfused, shape: Shape, rank: int, group, accumulate: bool,
 
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_the_unfused_baseline_is_the_layer(interpreted, accumulate, routed):
-    against_reference(interpreted, SMALL, 0, None, accumulate, routed)
+def test_the_unfused_baseline_is_the_layer(interpreter, accumulate, routed):
+    interpreter.submit(against_reference, SMALL, 0, None, accumulate, routed).result()
 
 
 def _over_ranks(rank: int, world_size: int) -> None:
-    import os
-    from dataclasses import replace
-
-    unfused = _interpreted(os.environ.__setitem__)
     for routed in (False, True):
-        against_reference(unfused, replace(SMALL, ranks=world_size), rank, dist.group.WORLD, False, routed)
+        against_reference(replace(SMALL, ranks=world_size), rank, dist.group.WORLD, False, routed)
 
 
-def test_the_unfused_baseline_over_two_ranks():
-    run_ranks(_over_ranks, 2)
+def test_the_unfused_baseline_over_two_ranks(interpreter):
+    interpreter.submit(run_ranks, _over_ranks, 2).result()  # its ranks are forked by a server of its own
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
