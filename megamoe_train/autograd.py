@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backends import Backend, Plan
+from .experts import per_expert
 from .plan import RoutingPlan
 
 
@@ -52,11 +53,6 @@ class Call:
     sink: WeightGradSink
     need: reference.Need
     num_fc1: int  # tensors that hold fc1: 1 (a stack [L,2I,H]) or L; the rest hold fc2
-
-
-def per_expert(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
-    """One stack `[L, a, b]`, or L tensors `[a, b]`, as a list of L tensors `[a, b]` (views)."""
-    return list(tensors[0].unbind(0)) if tensors[0].dim() == 3 else list(tensors)
 
 
 class MoE(torch.autograd.Function):

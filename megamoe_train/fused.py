@@ -6,6 +6,7 @@ mode): ids and whether all rows fit are judged on the device. Letters as in plan
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor
 from . import ops, ops_fused, reference
 from .agreement import wants
 from .config import HIDDEN_MULTIPLE, INTERMEDIATE_MULTIPLE, MAX_TOP_K
+from .experts import place_of
 from .fused_plan import FusedPlan, workspace_for
 from .launch_order import in_order
 from .ops_comm import DevicePlan
@@ -60,6 +62,15 @@ class _Recent:
         return entry
 
 
+def bf16_holds(number: float) -> bool:
+    """Whether rounding to bf16, the upper half of an fp32, leaves the number as it is."""
+    try:
+        bits = struct.pack("<f", number)
+    except OverflowError:
+        return False
+    return bits[:2] == b"\0\0" and struct.unpack("<f", bits)[0] == number
+
+
 class FusedBackend:
     """backends.Backend on the kernels of ops_fused."""
 
@@ -85,7 +96,7 @@ class FusedBackend:
             raise ValueError(f'top_k: got {top_k}; allowed: 1..{MAX_TOP_K} (any with backend="reference")')
         if topk_ids.dtype not in (torch.int16, torch.int32, torch.int64):
             raise ValueError(f"topk_ids: got dtype {topk_ids.dtype}; allowed: int16, int32, int64")
-        if clamp is not None and float(torch.tensor(clamp, dtype=torch.float64).bfloat16()) != clamp:
+        if clamp is not None and not bf16_holds(clamp):
             raise ValueError(f"clamp: got {clamp}; allowed: None or a number that bf16 holds exactly, as h is bf16")
         for name, experts in (("fc1", fc1), ("fc2", fc2)):
             for number, expert in enumerate(experts):
@@ -161,7 +172,7 @@ class FusedBackend:
 
     def _maps_of(self, fc1: list[Tensor], fc2: list[Tensor]) -> ops_fused.WeightMaps:
         """A layer's tensor maps, made again where any of its weights has moved."""
-        key = (fc1[0].data_ptr(), fc2[0].data_ptr(), len(fc1), fc1[0].shape)
+        key = (place_of(fc1), place_of(fc2), len(fc1))
         return self._maps.get(key, lambda maps: maps.matches(fc1, fc2), lambda: ops_fused.WeightMaps.of(fc1, fc2))
 
     def _table_of(self, targets: _Targets) -> ops.GradientTable | None:

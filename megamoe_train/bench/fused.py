@@ -1,7 +1,7 @@
 """`bench fused`: the two fused launches beside their products launched alone, on one GPU, from one alternating run.
 
-What a fused pass costs beyond its matrix products is here to be seen: pulls, scatter, waits, sums. EP = 1, the plan made
-before the clock starts, uniform random routing.
+What a fused pass costs beyond its matrix products is here to be seen: pulls, scatter, waits, sums. EP = 1, the plan
+made before the clock starts, uniform random routing.
 """
 
 from __future__ import annotations
