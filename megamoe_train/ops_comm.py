@@ -139,12 +139,8 @@ def _stream(workspace: Workspace) -> int:
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 
-def plan_count(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int = ROW_TILE) -> DevicePlan:
-    """Step 1: counts this rank's slots and sends them. ids `[T, K]` int64 or int32, -1 = dropped.
-
-    capacity: rows this rank has room for; MAX_ROWS where they are allocated after the verdict. row_tile: ROW_TILE, or 1
-    for segments without padding; the same on every rank.
-    """
+def _new_plan(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int) -> DevicePlan:
+    """With room for everything but source_of. Raises ValueError for ids that will not do."""
     shape = workspace.shape
     if ids.dim() != 2 or ids.shape[1] != shape.top_k or ids.shape[0] > shape.tokens:
         raise ValueError(f"topk_ids: got shape {tuple(ids.shape)}; allowed: [T <= {shape.tokens}, {shape.top_k}]")
@@ -154,22 +150,34 @@ def plan_count(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int =
     def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=ids.device)
 
-    local = shape.experts // shape.ranks
-    plan = DevicePlan(
+    local, slots = shape.experts // shape.ranks, ids.numel()
+    # One allocation for all small tables: each costs host time.
+    sizes = [8, shape.ranks * shape.experts, local, local + 1, torch.ops.megamoe.plan_scratch(slots, shape.experts)]
+    control, counts, expert_rows, expert_offset, block_counts = new(sum(sizes)).split(sizes)
+    return DevicePlan(
         workspace=workspace,
         ids=ids.contiguous(),
         capacity=capacity,
         status=workspace.next_status(),
-        block_counts=new(torch.ops.megamoe.plan_scratch(ids.numel(), shape.experts)),
-        control=new(8),
+        block_counts=block_counts,
+        control=control,
         slot_of=new(*ids.shape, dtype=torch.int64),
         topk_ids=new(*ids.shape),
-        counts=new(shape.ranks, shape.experts),
-        expert_rows=new(local),
-        expert_offset=new(local + 1),
+        counts=counts.view(shape.ranks, shape.experts),
+        expert_rows=expert_rows,
+        expert_offset=expert_offset,
         source_of=None,
         row_tile=row_tile,
     )
+
+
+def plan_count(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int = ROW_TILE) -> DevicePlan:
+    """Step 1: counts this rank's slots and sends them. ids `[T, K]` int64 or int32, -1 = dropped.
+
+    capacity: rows this rank has room for; MAX_ROWS where they are allocated after the verdict. row_tile: ROW_TILE, or 1
+    for segments without padding; the same on every rank.
+    """
+    plan = _new_plan(workspace, ids, capacity, row_tile)
     _plan_step(plan, 0)
     return plan
 
@@ -218,9 +226,10 @@ def build_plan(
             workspace.high_water = capacity = workspace.high_water or first_capacity(workspace)
         elif sizing != "fixed":
             raise ValueError(f"sizing: got {sizing!r}; allowed: 'high_water', 'fixed', 'exact'")
-        plan = plan_count(workspace, ids, capacity, row_tile)
-        plan_place(plan)
-        return plan_sources(plan)
+        plan = _new_plan(workspace, ids, capacity, row_tile)
+        plan.source_of = torch.empty(capacity, dtype=torch.int64, device=ids.device)
+        _plan_step(plan, 3)
+        return plan
 
 
 def grow(plan: DevicePlan) -> None:

@@ -65,6 +65,12 @@ void run_plan(PlanPhase phase, const PlanArgs& args) {
         case PlanPhase::kCount: return check(launch_plan_count(params, args.stream), "launching plan_count");
         case PlanPhase::kPlace: return check(launch_plan_place(params, args.stream), "launching plan_place");
         case PlanPhase::kSources: return check(launch_plan_sources(params, args.stream), "launching plan_sources");
+        case PlanPhase::kAll:
+            require(args.source_of != nullptr, "source_of given", 0, "1, for the whole plan in one call");
+            check(launch_plan_count(params, args.stream), "launching plan_count");
+            check(launch_plan_place(params, args.stream), "launching plan_place");
+            if (params.peers.ranks == 1) return;
+            return check(launch_plan_sources(params, args.stream), "launching plan_sources");
     }
     throw std::runtime_error("megamoe: unknown phase of a plan");
 }

@@ -24,7 +24,8 @@ constexpr int kLayoutInts = 15;
 // Offsets of the regions and the bytes in all, in the order of WorkspaceLayout. shape: R, E, K, H, T.
 void write_workspace_layout(const int64_t* shape, int64_t* out);
 
-enum class PlanPhase : int { kCount = 0, kPlace = 1, kSources = 2 };
+// kAll: the three in one call; with one rank kPlace has written source_of already.
+enum class PlanPhase : int { kCount = 0, kPlace = 1, kSources = 2, kAll = 3 };
 
 struct PlanArgs {
     WorkspaceHandle workspace;

@@ -64,6 +64,10 @@ def layer(load: Load, hidden: int, steps: int = 2, **options) -> None:
         run_layer(ranks, Data(load, hidden, step, "cpu"), late=step % load.ranks, **options)
 
 
+def whole_plan(workspace, ids: torch.Tensor) -> ops_comm.DevicePlan:
+    return ops_comm.build_plan(workspace, ids, sizing="fixed", capacity=workspace.high_water)
+
+
 def plans(load: Load, sizing: str, dtype: torch.dtype) -> None:
     """Plans of three epochs (both parities), each with another rank late."""
     ranks = EmulatedRanks(load)
@@ -73,7 +77,11 @@ def plans(load: Load, sizing: str, dtype: torch.dtype) -> None:
         for workspace in ranks.workspaces:
             workspace.high_water = max(twin.num_rows for twin in twins)
         ranks.delay(seed % load.ranks)
-        made = ranks.plan([given.to(dtype) for given in ids], sizing)
+        given = [one.to(dtype) for one in ids]
+        if sizing == "in one call":
+            made = ranks.each(whole_plan, ranks.workspaces, given)
+        else:
+            made = ranks.plan(given, sizing)
         ranks.synchronize()
         for plan, twin in zip(made, twins, strict=True):
             assert_same(plan, twin)
@@ -149,6 +157,8 @@ CASES = {
     "plans, int64, exact": lambda: plans(Load("zipf", (300, 1100), 2, 96), "exact", torch.int64),
     "plan of one rank": lambda: plans(Load("zipf", (700,), 3, 40), "high_water", torch.int64),
     "plans, int32, high water": lambda: plans(Load("some_dropped", (7, 130, 0, 64), 6, 384), "high_water", torch.int32),
+    "plans in one call": lambda: plans(Load("uniform", (40, 0, 300), 4, 24), "in one call", torch.int64),
+    "plan of one rank in one call": lambda: plans(Load("zipf", (500,), 3, 40), "in one call", torch.int32),
     "overflow": overflow,
     "bad ids": bad_ids,
 }
