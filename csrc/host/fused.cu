@@ -13,17 +13,8 @@
 namespace megamoe {
 namespace {
 
-constexpr int kPullLeadRows = 8192;     // rows pulled ahead of those in work: soon enough, and still in L2 when read
-constexpr int kPullClaimBytes = 16384;  // small claims, so that the first expert's rows are there soon
-
 Pull pull_of(int buffer, const void* tokens, const float* weights, bool weighted, void* pool) {
     return {buffer, static_cast<const uint8_t*>(tokens), weights, weighted, static_cast<uint8_t*>(pool)};
-}
-
-int claim_rows(int64_t row_bytes) {
-    int rows = 1;
-    while (rows < 32 && 2 * rows * row_bytes <= kPullClaimBytes) rows *= 2;
-    return rows;
 }
 
 FusedCounters counters_of(const FusedArgs& args) {
@@ -128,12 +119,6 @@ void pulls_of(const FusedArgs& args, FusedParams& params) {
     params.num_pulls = args.second_pool == nullptr ? 1 : 2;
 }
 
-// Rows that feed the first tiles of all clusters.
-int first_rows(const GemmParams& product, int clusters) {
-    const int n_tiles = ceil_div(product.n_extent, tile_columns(product.gemm));
-    return ceil_div(clusters, n_tiles) * 2 * kTileM;
-}
-
 RowsParams staging_of(const FusedArgs& args, int buffer, const void* tokens, const float* weights) {
     RowsParams rows{};
     rows.peers = peers_of(args.workspace);
@@ -211,8 +196,8 @@ void run_fused(const FusedArgs& args) {
     params.experts = static_cast<int>(args.workspace.experts);
     params.row_bytes = 2 * hidden;
     params.claim_rows = claim_rows(params.row_bytes);
-    params.first_rows = first_rows(params.products[0], clusters);
-    params.pull_lead = 1 + ceil_div(kPullLeadRows, rows > 0 ? rows : 1);
+    params.first_rows = first_rows(params.products[0].gemm, params.products[0].n_extent, clusters);
+    params.pull_lead = pull_lead(rows);
     params.tiles = static_cast<int>(args.capacity / kRowTile);
     params.row_weights = args.row_weights;
     params.tokens_out = static_cast<uint8_t*>(args.tokens_out);

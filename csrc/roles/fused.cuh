@@ -35,29 +35,22 @@ __device__ __forceinline__ void with_gemm(const FusedParams& params, int product
 
 // ---- scheduler and loader
 
-// Finished (column tile, warpgroup)s of the product that made what `m_tile` of an expert holds.
-template <bool kBackward>
-__device__ __forceinline__ int made_by(const FusedParams& params, int rows, int m_tile) {
-    constexpr Gemm kMaker = kBackward ? Gemm::kDgrad2 : Gemm::kFc1;
-    return ceil_div(params.products[0].n_extent, tile_columns(kMaker)) * warpgroups_of(rows, m_tile);
-}
-
 // Waits until everything that the unit reads is there. Whole warp. Counter -> TMA load: ld.acquire.gpu by a lane;
 // barrier; the scheduler's mbarrier arrive (release.cluster); the loader's acquire.cluster, fence.proxy.async, load.
 template <bool kBackward>
 __device__ __forceinline__ void wait_for_inputs(const FusedParams& params, const UnitSlot& slot) {
+    constexpr Gemm kMaker = kBackward ? Gemm::kDgrad2 : Gemm::kFc1;
     const FusedCounters& counters = params.counters;
-    const bool all_rows = slot.product >= kProductWgrad2;  // a weight gradient reads all rows of its expert
-    const int first = all_rows ? 0 : slot.m_tile;
-    const int tiles = all_rows ? ceil_div(slot.rows, kTileM) : slot.n_pair ? 1 : kClusterSize;
-    for (int tile = first + static_cast<int>(threadIdx.x & 31); tile < first + tiles; tile += 32) {
+    const Inputs inputs = inputs_of(slot.product, unit_of(slot), slot.rows);
+    for (int tile = inputs.first + static_cast<int>(threadIdx.x & 31); tile < inputs.first + inputs.tiles; tile += 32) {
         const int at = slot.row_begin / kRowTile + tile;
-        if (slot.product == 0) {
+        if (!inputs.made) {
             wait_counter(params.peers, counters.arrived + at, kRowTile, Waiting::kRowsArrived);
             continue;
         }
-        wait_counter(params.peers, counters.made + at, made_by<kBackward>(params, slot.rows, tile), Waiting::kTileMade);
-        if (slot.product == kProductWgrad1) {
+        const int shares = tile_shares(kMaker, params.products[0].n_extent, slot.rows, tile);
+        wait_counter(params.peers, counters.made + at, shares, Waiting::kTileMade);
+        if (inputs.pull == 1) {
             wait_counter(params.peers, counters.arrived + params.tiles + at, kRowTile, Waiting::kRowsArrived);
         }
     }
@@ -65,9 +58,8 @@ __device__ __forceinline__ void wait_for_inputs(const FusedParams& params, const
 
 // Tells the movers how far the units that need their rows have come.
 __device__ __forceinline__ void advance_frontier(const FusedParams& params, const UnitSlot& slot) {
-    if ((threadIdx.x & 31) != 0) return;
-    if (slot.product == 0) atomicMax(params.counters.frontier, slot.expert);
-    if (slot.product == kProductWgrad1) atomicMax(params.counters.frontier + 1, slot.expert);
+    const int pull = pull_of_product(slot.product);
+    if ((threadIdx.x & 31) == 0 && pull >= 0) atomicMax(params.counters.frontier + pull, slot.expert);
 }
 
 template <bool kBackward>
@@ -132,18 +124,17 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
 
 // ---- mover and math warps
 
-// Rows first; what is left of the warp's time goes to the sums. `first`: the pull to begin with. Every cluster has
-// movers for each of two pulls: if all began with dY, they could wait for units that wait for x.
+// Rows first; what is left of the warp's time goes to the sums. `first`: the pull to begin with.
 __device__ __forceinline__ void fused_mover(const FusedParams& params, int first) {
     uint64_t seen = 0;
     for (int i = 0; i < params.num_pulls; ++i) {
-        pull_rows<kMoverDepth>(params, (first + i) % params.num_pulls, kAllRows, seen);
+        pull_rows<kMoverDepth>(params, pull_at(first, i, params.num_pulls), kAllRows, seen);
     }
     // With K experts at random a token is complete when most of them are done; until then sweeps find little and load
     // L2.
     const int tiles = *params.num_rows / kRowTile;
     if (tiles > 0 && (threadIdx.x & 31) == 0) {
-        wait_counter<2000>(params.peers, params.counters.pushed + tiles * 3 / 4, 1, Waiting::kTileMade);
+        wait_counter<2000>(params.peers, params.counters.pushed + first_swept(tiles), 1, Waiting::kTileMade);
     }
     __syncwarp();
     sum_tokens<kMoverSlots>(params, seen);
@@ -199,7 +190,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
         if (warp_index() == 0) fused_loader<kBackward>(shared, params, rank);
         if (warp_index() == 1 && rank == 0) fused_scheduler<kBackward>(shared, params);
         if (warp_index() == 2) fused_storer<kBackward>(shared, params, rank);
-        if (warp_index() == 3 || (warp_index() == 1 && rank == 1)) fused_mover(params, warp_index() == 1 ? 1 : 0);
+        if (is_mover(warp_index(), rank)) fused_mover(params, first_pull(warp_index()));
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
         fused_math<kBackward>(shared, params, warpgroup_index() - 1, rank);

@@ -3,7 +3,7 @@
 #include "kernels/plan.cuh"
 #include "roles/dispatch.cuh"
 #include "roles/gemm_params.cuh"
-#include "schedule/order.cuh"
+#include "schedule/pulls.cuh"
 
 namespace megamoe {
 
@@ -69,11 +69,6 @@ __device__ __forceinline__ void wait_for_all_peers(const Peers& peers, uint64_t 
         const int rank = first + static_cast<int>(threadIdx.x & 31);
         wait_for_peers(peers, rank < peers.ranks ? rank : -1, expected, seen);
     }
-}
-
-// Math warpgroups with rows in row tile `m_tile` of an expert.
-__device__ __forceinline__ int warpgroups_of(int rows, int m_tile) {
-    return rows - m_tile * kTileM > kWarpgroupM ? 2 : 1;
 }
 
 }  // namespace megamoe

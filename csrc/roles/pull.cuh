@@ -59,7 +59,8 @@ constexpr int64_t kAllRows = INT64_MAX;
 __device__ __forceinline__ void wait_for_frontier(const FusedParams& params, int which, int64_t row, int& expert) {
     const int* offset = params.products[0].expert_offset;
     while (row >= offset[expert + 1]) ++expert;
-    wait_counter<200>(params.peers, params.counters.frontier + which, expert - params.pull_lead, Waiting::kFrontier);
+    wait_counter<200>(params.peers, params.counters.frontier + which, least_frontier(expert, params.pull_lead),
+                      Waiting::kFrontier);
 }
 
 // Pulls claims of rows in ascending order: all of them, not too far ahead, or at once until one lies at or beyond

@@ -99,7 +99,7 @@ __device__ __forceinline__ void scatter_unit(SharedStorage& shared, const FusedP
     if (kGemm == Gemm::kDgrad1 && n_tile_of(unit, rank) == 0) {
         for (int w = 0; w < working; ++w) push_dweights(params, share_of<kGemm>(product, slot, rank, w));
     }
-    const int all = ceil_div(product.n_extent, kTileN) * warpgroups_of(slot.rows, m_tile);
+    const int all = tile_shares(kGemm, product.n_extent, slot.rows, m_tile);
     count_pushed(params, slot.row_begin / kRowTile + m_tile, working, all);
 }
 

@@ -5,56 +5,16 @@
 
 namespace megamoe {
 
-// Units of one product of an expert with `rows` rows.
-__device__ __forceinline__ int units_of(const GemmParams& params, int rows) {
-    const int n_tiles = ceil_div(params.n_extent, tile_columns(params.gemm));
-    // Nothing to add to a gradient without rows; but a first write must write its zeros.
-    if (params.gemm == Gemm::kWgrad) return rows == 0 && params.accumulate ? 0 : num_units(params.m_extent, n_tiles);
-    return num_units(rows, n_tiles);
+// As every role of a cluster reads it. rows: of each expert.
+__device__ __forceinline__ UnitSlot slot_for(const GemmParams* products, const FoundUnit& found, const int* rows) {
+    const Segment& segment = found.segment;
+    if (segment.expert < 0) return {-1, 0, 0, 0, 0, 0, 0, 0};
+    const GemmParams& product = products[segment.product];
+    const int here = rows[segment.expert], begin = product.expert_offset[segment.expert];
+    const Unit unit = unit_of_product(product, here, found.index);
+    const int k_blocks = product.gemm == Gemm::kWgrad ? wgrad_blocks(here) : product.k_blocks;
+    return {segment.expert, unit.m_tile, unit.n_tile, unit.n_pair, begin, here, k_blocks, segment.product};
 }
-
-// The index-th of them.
-__device__ __forceinline__ UnitSlot unit_of_expert(const GemmParams& params, Segment segment, int rows, int index) {
-    const bool is_wgrad = params.gemm == Gemm::kWgrad;
-    const int n_tiles = ceil_div(params.n_extent, tile_columns(params.gemm));
-    const Unit unit = unit_at(is_wgrad ? params.m_extent : rows, n_tiles, index);
-    const int k_blocks = is_wgrad ? wgrad_blocks(rows) : params.k_blocks;
-    return {segment.expert, unit.m_tile, unit.n_tile,    unit.n_pair, params.expert_offset[segment.expert],
-            rows,           k_blocks,    segment.product};
-}
-
-// Finds the unit of a claim. The claims of one cluster only grow, so the search goes on from the last segment.
-class UnitFinder {
-public:
-    __device__ UnitFinder(const GemmParams* products, const Order& order, const int* rows)
-        : products_(products), order_(order), rows_(rows) {
-        units_ = units_here();
-    }
-
-    __device__ UnitSlot find(int claim) {
-        while (claim - begin_ >= units_) {
-            if (++index_ >= num_segments(order_)) return {-1, 0, 0, 0, 0, 0, 0, 0};
-            begin_ += units_;
-            units_ = units_here();
-        }
-        const Segment segment = segment_at(order_, index_);
-        return unit_of_expert(products_[segment.product], segment, rows_[segment.expert], claim - begin_);
-    }
-
-private:
-    __device__ int units_here() const {
-        const Segment segment = segment_at(order_, index_);
-        if (segment.expert < 0 || !products_[segment.product].wanted) return 0;
-        return units_of(products_[segment.product], rows_[segment.expert]);
-    }
-
-    const GemmParams* products_;
-    const Order& order_;
-    const int* rows_;  // [L] in shared memory
-    int index_ = 0;
-    int begin_ = 0;  // units before this segment
-    int units_;
-};
 
 // Hands a unit to both CTAs of the cluster.
 __device__ __forceinline__ void hand_out(SharedStorage& shared, const UnitSlot& unit, const UnitCursor& cursor,
@@ -83,7 +43,8 @@ __device__ __forceinline__ void scheduler_role(SharedStorage& shared, const Gemm
     UnitCursor cursor;
     while (true) {
         const int claim = lane == 0 ? atomicAdd(claims, 1) : 0;
-        const UnitSlot unit = finder.find(__shfl_sync(0xffffffffu, claim, 0));
+        const FoundUnit found = finder.find(__shfl_sync(0xffffffffu, claim, 0));
+        const UnitSlot unit = slot_for(products, found, shared.expert_rows);
         if (unit.expert >= 0) ready(unit);
         __syncwarp();
         if (lane == 0) hand_out(shared, unit, cursor, products[0].deadline);

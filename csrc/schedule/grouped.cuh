@@ -55,6 +55,9 @@ MEGAMOE_HD constexpr Unit unit_at(int rows, int n_tiles, int index) {
 MEGAMOE_HD constexpr int m_tile_of(Unit unit, int rank) { return unit.n_pair ? unit.m_tile : unit.m_tile + rank; }
 MEGAMOE_HD constexpr int n_tile_of(Unit unit, int rank) { return unit.n_pair ? unit.n_tile + rank : unit.n_tile; }
 
+// Math warpgroups with rows in row tile `m_tile` of an expert.
+MEGAMOE_HD constexpr int warpgroups_of(int rows, int m_tile) { return rows - m_tile * kTileM > kWarpgroupM ? 2 : 1; }
+
 // Steps of the reduction loop of a wgrad over an expert's rows.
 MEGAMOE_HD constexpr int wgrad_blocks(int rows) { return ceil_div(rows, kBlockK); }
 

@@ -62,4 +62,81 @@ MEGAMOE_HD constexpr Order backward_order(int experts, int rows, int inter, int 
     return {4, experts, {0, first, last, last}};
 }
 
+// Units of one product of an expert with `rows` rows. Product: GemmParams, or what a CPU test has of it.
+template <class Product>
+MEGAMOE_HD constexpr int units_of(const Product& product, int rows) {
+    const int n_tiles = ceil_div(product.n_extent, tile_columns(product.gemm));
+    // Nothing to add to a gradient without rows; but a first write must write its zeros.
+    if (product.gemm == Gemm::kWgrad) return rows == 0 && product.accumulate ? 0 : num_units(product.m_extent, n_tiles);
+    return num_units(rows, n_tiles);
+}
+
+// The index-th of them.
+template <class Product>
+MEGAMOE_HD constexpr Unit unit_of_product(const Product& product, int rows, int index) {
+    const int n_tiles = ceil_div(product.n_extent, tile_columns(product.gemm));
+    return unit_at(product.gemm == Gemm::kWgrad ? product.m_extent : rows, n_tiles, index);
+}
+
+struct FoundUnit {
+    Segment segment;  // expert -1: no more work
+    int index;        // of the segment's units
+};
+
+// Finds the unit of a claim. The claims of one cluster only grow, so the search goes on from the last segment.
+template <class Product>
+class UnitFinder {
+public:
+    MEGAMOE_HD constexpr UnitFinder(const Product* products, const Order& order, const int* rows)
+        : products_(products), order_(order), rows_(rows) {
+        units_ = units_here();
+    }
+
+    MEGAMOE_HD constexpr FoundUnit find(int claim) {
+        while (claim - begin_ >= units_) {
+            if (++index_ >= num_segments(order_)) return {{0, -1}, 0};
+            begin_ += units_;
+            units_ = units_here();
+        }
+        return {segment_at(order_, index_), claim - begin_};
+    }
+
+private:
+    MEGAMOE_HD constexpr int units_here() const {
+        const Segment segment = segment_at(order_, index_);
+        if (segment.expert < 0 || !products_[segment.product].wanted) return 0;
+        return units_of(products_[segment.product], rows_[segment.expert]);
+    }
+
+    const Product* products_;
+    const Order& order_;
+    const int* rows_;  // [L]
+    int index_ = 0;
+    int begin_ = 0;  // units before this segment
+    int units_ = 0;
+};
+
+// ---- what a unit needs, and how much makes it complete
+
+// The pull whose rows units of `product` read, and whose frontier they move; -1: none.
+MEGAMOE_HD constexpr int pull_of_product(int product) { return product == 0 ? 0 : product == kProductWgrad1 ? 1 : -1; }
+
+struct Inputs {
+    int first;  // row tiles of the expert
+    int tiles;
+    int pull;   // whose rows it reads; -1: none
+    bool made;  // reads what fc1 or dgrad2 made of these tiles
+};
+
+MEGAMOE_HD constexpr Inputs inputs_of(int product, Unit unit, int rows) {
+    const bool all_rows = product >= kProductWgrad2;  // a weight gradient reads all rows of its expert
+    return {all_rows ? 0 : unit.m_tile, all_rows ? ceil_div(rows, kTileM) : (unit.n_pair ? 1 : kClusterSize),
+            pull_of_product(product), product != 0};
+}
+
+// (column tile, warpgroup)s of row tile `m_tile` of an expert, of all products but the weight gradients.
+MEGAMOE_HD constexpr int tile_shares(Gemm gemm, int n_extent, int rows, int m_tile) {
+    return ceil_div(n_extent, tile_columns(gemm)) * warpgroups_of(rows, m_tile);
+}
+
 }  // namespace megamoe
