@@ -10,8 +10,8 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 
 
-def compile_host(source: str, folder: Path, csrc: Path = CSRC) -> Path:
-    """The binary of `source`, a file of this folder, in `folder`. AssertionError without a C++ compiler."""
+def compile_host(source: str | Path, folder: Path, csrc: Path = CSRC) -> Path:
+    """The binary of `source`, a file of this folder or a path, in `folder`. AssertionError without a C++ compiler."""
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler, "the CPU tests of csrc/schedule need a C++ compiler (g++ or c++) on PATH"
     binary = folder / Path(source).stem
