@@ -17,7 +17,7 @@ _HOMES = {  # name here -> module, or module:name there
     "MegaMoEConfig": "config",
     "MegaMoETimeout": "watchdog",
     "RoutingPlan": "plan",
-    "RowOverflow": "ops_comm",
+    "RowOverflow": "ops_plan",
     "Workspace": "workspace",
     "WorkspaceShape": "workspace:Shape",
     "build_plan": "plan",

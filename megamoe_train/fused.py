@@ -21,7 +21,7 @@ from .config import HIDDEN_MULTIPLE, INTERMEDIATE_MULTIPLE, MAX_TOP_K
 from .experts import place_of
 from .fused_plan import FusedPlan, workspace_for
 from .launch_order import in_order
-from .ops_comm import DevicePlan
+from .ops_plan import DevicePlan
 from .plan import RoutingPlan
 from .workspace import Workspace
 

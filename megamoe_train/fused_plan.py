@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import comm, ops_comm
+from . import comm, ops_plan
 from .launch_order import in_order
 from .plan import ROW_TILE, RoutingPlan
 from .workspace import Shape, Workspace
@@ -28,7 +28,7 @@ class FusedPlan:
 
     workspace: Workspace
     topk_ids: Tensor  # [T, K] int64 or int32, the caller's; must not change before forward is done
-    device_plan: ops_comm.DevicePlan
+    device_plan: ops_plan.DevicePlan
 
     @classmethod
     def build(cls, workspace: Workspace, topk_ids: Tensor) -> FusedPlan:
@@ -57,7 +57,7 @@ class FusedPlan:
     def num_tokens(self) -> int:
         return self.topk_ids.shape[0]
 
-    def run(self, launch: Callable[[ops_comm.DevicePlan], Result]) -> Result:
+    def run(self, launch: Callable[[ops_plan.DevicePlan], Result]) -> Result:
         """`launch(device plan)`, then the verdict; where the rows did not fit, all ranks launch once more with room.
 
         Raises ValueError for a bad id, alike on every rank. In the fixed mode the verdict is read by later calls.
@@ -67,8 +67,8 @@ class FusedPlan:
             return result
         try:
             self.device_plan.settle()
-        except ops_comm.RowOverflow:
-            ops_comm.grow(self.device_plan)
+        except ops_plan.RowOverflow:
+            ops_plan.grow(self.device_plan)
             self.device_plan = _device_plan(self.workspace, self.device_plan.ids)
             result = launch(self.device_plan)
             self.device_plan.settle()
@@ -93,7 +93,7 @@ def most_rows_alone(slots: int, experts: int) -> int:
     return -(-(slots + min(slots, experts) * (ROW_TILE - 1)) // ROW_TILE) * ROW_TILE
 
 
-def _device_plan(workspace: Workspace, ids: Tensor) -> ops_comm.DevicePlan:
+def _device_plan(workspace: Workspace, ids: Tensor) -> ops_plan.DevicePlan:
     """What follows the first signal to the peers must not fail in silence: out of memory ends their waits, by name."""
     try:
         return _sized_plan(workspace, ids)
@@ -103,12 +103,12 @@ def _device_plan(workspace: Workspace, ids: Tensor) -> ops_comm.DevicePlan:
         raise
 
 
-def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_comm.DevicePlan:
+def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_plan.DevicePlan:
     if workspace.sizing == "exact":
-        return ops_comm.build_plan(workspace, ids, sizing="exact")
+        return ops_plan.build_plan(workspace, ids, sizing="exact")
     if workspace.sizing == "fixed":
         check_workspace(workspace)
-        plan = ops_comm.build_plan(workspace, ids, sizing="fixed", capacity=workspace.capacity)
+        plan = ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=workspace.capacity)
         workspace.unread.append((plan.status, torch.cuda.is_current_stream_capturing()))
         return plan
     if torch.cuda.is_current_stream_capturing():
@@ -116,10 +116,10 @@ def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_comm.DevicePlan:
             'sizing: got "high_water" while a CUDA graph is captured; allowed: '
             'Workspace.create(..., sizing="fixed", capacity=ROWS), where the host reads nothing'
         )
-    capacity = workspace.high_water or ops_comm.first_capacity(workspace)
+    capacity = workspace.high_water or ops_plan.first_capacity(workspace)
     if workspace.shape.ranks == 1:  # nobody else's tokens arrive: the bound is known, and nothing overflows
         capacity = most_rows_alone(ids.numel(), workspace.shape.experts)
-    return ops_comm.build_plan(workspace, ids, sizing="fixed", capacity=max(capacity, ROW_TILE))
+    return ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=max(capacity, ROW_TILE))
 
 
 def check_workspace(workspace: Workspace, *, wait: bool = False) -> None:
@@ -139,8 +139,8 @@ def check_workspace(workspace: Workspace, *, wait: bool = False) -> None:
             workspace.unread.append((status, captured))
         if judged:
             try:
-                ops_comm.read_verdict(status, workspace.shape)
-            except (ValueError, ops_comm.RowOverflow):
+                ops_plan.read_verdict(status, workspace.shape)
+            except (ValueError, ops_plan.RowOverflow):
                 status[0] = 0  # a captured plan's next verdict is its next replay's
                 workspace.unread += waiting[number + 1 :]
                 raise
@@ -189,7 +189,7 @@ def _shared_workspace(shape: Shape, device: torch.device) -> Workspace:
     if found is None or found.shape.tokens < shape.tokens:
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("workspace: got None while a CUDA graph is captured; allowed: one made before")
-        tokens = ops_comm.round_capacity(shape.tokens)
+        tokens = ops_plan.round_capacity(shape.tokens)
         found = Workspace.create(Shape(1, shape.experts, shape.top_k, shape.hidden, tokens), device=device)
         _shared[key] = found
     return found

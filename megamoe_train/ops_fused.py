@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import ops
 from .experts import StackedExperts
-from .ops_comm import DevicePlan, dispatch
+from .ops_comm import dispatch
+from .ops_plan import DevicePlan
 
 _BEGIN, _LAUNCH, _BOTH = 0, 1, 2
 DP_TILE = 256  # columns of I that one partial sum of dp covers

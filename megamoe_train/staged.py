@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, ops_comm
+from . import ops, ops_comm, ops_plan
 from .fused_plan import room_for
 from .launch_order import in_order
-from .ops_comm import DevicePlan
+from .ops_plan import DevicePlan
 from .workspace import Workspace
 
 NO_PADDING = 1  # row tile: experts that somebody else wrote take rows without gaps
@@ -133,10 +133,10 @@ class Staged:
                 transfer.run()
             try:
                 taken = plan.settle()
-            except ops_comm.RowOverflow:  # alike on every rank: all have skipped the rows
+            except ops_plan.RowOverflow:  # alike on every rank: all have skipped the rows
                 if attempt or workspace.sizing == "fixed":
                     raise
-                ops_comm.grow(plan)
+                ops_plan.grow(plan)
                 continue
             with workspace.guard.watch():
                 counted.synchronize()
@@ -152,7 +152,7 @@ class Staged:
     def _plan(self, ids_TK: Tensor) -> DevicePlan:
         workspace = self.workspace
         if workspace.sizing == "exact":
-            return ops_comm.build_plan(workspace, ids_TK, sizing="exact", row_tile=NO_PADDING)
-        workspace.high_water = workspace.high_water or ops_comm.first_capacity(workspace)
+            return ops_plan.build_plan(workspace, ids_TK, sizing="exact", row_tile=NO_PADDING)
+        workspace.high_water = workspace.high_water or ops_plan.first_capacity(workspace)
         capacity = workspace.capacity if workspace.sizing == "fixed" else workspace.high_water
-        return ops_comm.build_plan(workspace, ids_TK, sizing="fixed", capacity=capacity, row_tile=NO_PADDING)
+        return ops_plan.build_plan(workspace, ids_TK, sizing="fixed", capacity=capacity, row_tile=NO_PADDING)

@@ -1,4 +1,4 @@
-"""The fused operators in plain torch on the CPU, by the contracts of ops_fused and ops_comm, for one rank.
+"""The fused operators in plain torch on the CPU, by the contracts of ops_fused and ops_plan, for one rank.
 
 What is behind them (FusedBackend, FusedPlan, autograd) runs as it does on a GPU: capacities, verdicts, overflow,
 poisoned rows from M on, gradients that are written or added.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import megamoe_train
-from megamoe_train import ops_comm, reference, workspace
+from megamoe_train import ops_plan, reference, workspace
 from megamoe_train.plan import RoutingPlan, build_plan
 from megamoe_train.workspace import Shape, Workspace
 
@@ -41,12 +41,12 @@ class FakeWorkspace(Workspace):
 
 
 @dataclass(eq=False)
-class FakeDevicePlan(ops_comm.DevicePlan):
+class FakeDevicePlan(ops_plan.DevicePlan):
     truth: RoutingPlan | None = None  # None: a bad id
 
     @property
     def good(self) -> bool:
-        return int(self.status[1]) == ops_comm.PlanCode.GOOD
+        return int(self.status[1]) == ops_plan.PlanCode.GOOD
 
     def to_routing_plan(self) -> RoutingPlan:
         self.settle()
@@ -60,11 +60,11 @@ def fake_build_plan(space: FakeWorkspace, ids: Tensor, *, sizing: str = "high_wa
     truth = None
     if len(bad):
         where = int(bad[0])
-        status[1:5] = torch.tensor([ops_comm.PlanCode.BAD_ID, 0, where, int(ids.flatten()[where])])
+        status[1:5] = torch.tensor([ops_plan.PlanCode.BAD_ID, 0, where, int(ids.flatten()[where])])
     else:
         truth = build_plan(ids, experts)
         capacity = truth.num_rows if sizing == "exact" else capacity
-        code = ops_comm.PlanCode.OVERFLOW if truth.num_rows > capacity else ops_comm.PlanCode.GOOD
+        code = ops_plan.PlanCode.OVERFLOW if truth.num_rows > capacity else ops_plan.PlanCode.GOOD
         status[1:7] = torch.tensor([code, 0, -1, capacity, truth.num_rows, truth.num_rows])
     plan = FakeDevicePlan(space, ids, capacity, status, *[None] * 8, truth=truth)
     if sizing == "exact":
@@ -156,7 +156,7 @@ def fused(monkeypatch):
     module, plans = (importlib.import_module(f"megamoe_train.{name}") for name in ("fused", "fused_plan"))
     monkeypatch.setattr(module, "ops_fused", fake)
     monkeypatch.setattr(module.ops, "GradientTable", FakeTable)
-    monkeypatch.setattr(ops_comm, "build_plan", fake_build_plan)
+    monkeypatch.setattr(ops_plan, "build_plan", fake_build_plan)
     monkeypatch.setattr(plans, "_shared", {})
     monkeypatch.setattr(plans.Workspace, "create", lambda shape, device: FakeWorkspace(shape))
     for part in (module, plans):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe_train import MegaMoE, MegaMoEConfig, ops_comm, reference
+from megamoe_train import MegaMoE, MegaMoEConfig, ops_plan, reference
 from megamoe_train.functional import moe
 from megamoe_train.plan import ROW_TILE, build_plan
 from megamoe_train.workspace import Shape
@@ -164,11 +164,11 @@ def test_a_captured_plan_is_judged_at_every_replay(fused, monkeypatch):  # noqa:
         FusedPlan.build(FakeWorkspace(space.shape), layer_of(30).ids[0])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     check_workspace(space)
-    plan.device_plan.status[:7] = torch.tensor([2, ops_comm.PlanCode.OVERFLOW, 0, -1, 640, 900, 900])  # a replay's
+    plan.device_plan.status[:7] = torch.tensor([2, ops_plan.PlanCode.OVERFLOW, 0, -1, 640, 900, 900])  # a replay's
     with pytest.raises(RowOverflow, match="needs up to 900"):
         check_workspace(space)
     check_workspace(space)  # told once
-    plan.device_plan.status[:2] = torch.tensor([3, ops_comm.PlanCode.GOOD])
+    plan.device_plan.status[:2] = torch.tensor([3, ops_plan.PlanCode.GOOD])
     check_workspace(space)
     assert len(space.unread) == 1
 

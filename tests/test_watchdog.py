@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from megamoe_train import ops_comm, watchdog
+from megamoe_train import ops_comm, ops_plan, watchdog
 from tests.csrc.host import CSRC
 
 
@@ -96,7 +96,7 @@ def test_csrc_and_python_name_the_same_things():
     assert {int(op) for op in ops_comm.Op} == set(ops.values()) == set(watchdog.OPS)
     assert {name[1:].upper() for name in ops} == {op.name.replace("_", "") for op in ops_comm.Op}
     codes = enumerators("kernels/plan.cuh", "PlanCode")
-    assert {name[1:].upper() for name in codes} == {code.name.replace("_", "") for code in ops_comm.PlanCode} | {"GOOD"}
+    assert {name[1:].upper() for name in codes} == {code.name.replace("_", "") for code in ops_plan.PlanCode} | {"GOOD"}
 
 
 def test_a_process_ends_well_while_its_guards_watch():

@@ -13,7 +13,7 @@
 
 namespace megamoe {
 
-// Why a plan cannot be used; ops_comm.py: class PlanCode.
+// Why a plan cannot be used; ops_plan.py: class PlanCode.
 enum class PlanCode : int { kGood = 0, kBadId = 1, kOverflow = 2 };
 
 // In mapped pinned host memory, one per plan. `epoch` is written last; 0 before.

@@ -6,7 +6,7 @@
 
 namespace megamoe {
 
-// The last id of a token that has more than K experts; plan_count reports it. ops_comm.py: TOO_MANY_EXPERTS.
+// The last id of a token that has more than K experts; plan_count reports it. ops_plan.py: TOO_MANY_EXPERTS.
 constexpr int kTooManyExperts = INT_MIN;
 
 struct RoutingParams {

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .. import ops, ops_comm
+from .. import ops, ops_plan
 from ..ops_comm import Op, Transfer
 from ..plan import decode_source
 from ..workspace import Shape, Workspace
@@ -75,8 +75,8 @@ class Bench:
         self.ids = scores.topk(case.top_k, dim=1).indices.int()
         self.x = torch.randn(case.tokens, case.hidden, generator=generator, device="cuda").bfloat16()
         self.p = torch.rand(case.tokens, case.top_k, generator=generator, device="cuda")
-        self.plan = ops_comm.build_plan(self.workspace, self.ids, sizing="exact")
-        self.workspace.high_water = ops_comm.round_capacity(self.plan.settle())
+        self.plan = ops_plan.build_plan(self.workspace, self.ids, sizing="exact")
+        self.workspace.high_water = ops_plan.round_capacity(self.plan.settle())
         source, _ = decode_source(self.plan.source_of)
         local = ((self.plan.source_of >= 0) & (source == self.rank)).sum()
         self.kept = int((self.plan.source_of >= 0).sum())
@@ -110,7 +110,7 @@ class Bench:
         out = {}
         pulled, pushed = self.transfer(Op.DISPATCH), self.transfer(Op.COMBINE)
         alone = self.size == 1
-        out |= milliseconds({"plan": lambda: ops_comm.build_plan(self.workspace, self.ids)}, iterations)
+        out |= milliseconds({"plan": lambda: ops_plan.build_plan(self.workspace, self.ids)}, iterations)
         steps = {"dispatch begin": pulled.begin, "dispatch pull": pulled.move, "combine begin": pushed.begin}
         steps |= {"combine push": pushed.move, "combine sum": pushed.finish}
         out |= milliseconds(steps, iterations)

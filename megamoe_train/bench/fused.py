@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .. import ops, ops_comm, ops_fused
+from .. import ops, ops_fused, ops_plan
 from ..workspace import Shape as WorkspaceShape
 from ..workspace import Workspace
 from . import layer_load
@@ -30,7 +30,7 @@ class Case:
         routing, weights = layer_load.Routing.random(shape, seed, 0), layer_load.Weights.random(shape, 0)
         spaces = WorkspaceShape(1, shape.experts, shape.top_k, shape.hidden, shape.tokens)
         self.workspace = Workspace.create(spaces, deadline_s=10.0)
-        self.plan = ops_comm.build_plan(self.workspace, routing.ids)
+        self.plan = ops_plan.build_plan(self.workspace, routing.ids)
         self.plan.settle()
         self.groups = ops.Groups(self.plan.expert_rows, self.plan.expert_offset[:-1].contiguous(), deadline_s=10.0)
         self.maps = ops_fused.WeightMaps.of(list(weights.fc1), list(weights.fc2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megamoe_train import ops, ops_comm, ops_fused
+from megamoe_train import ops, ops_fused, ops_plan
 from megamoe_train.bench import ranks as processes
 from megamoe_train.workspace import Shape, Workspace
 from tests.gpu.layer_case import Layer, RankResult
@@ -44,7 +44,7 @@ def one_rank(layer: Layer, rank: int, *, backward: bool = True, num_sms: int = 0
         return plan, *ops_fused.forward(plan, x, p, maps, **options)
 
     with workspace.guard.watch():
-        plan, y, h = ops_comm.planned(workspace, layer.ids[rank], forward)
+        plan, y, h = ops_plan.planned(workspace, layer.ids[rank], forward)
         result = RankResult(y, h)
         if backward:
             result.dfc1, result.dfc2 = gradients(layer, rank)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megamoe_train import ops_comm
+from megamoe_train import ops_plan
 from tests.gpu.virtual import Load, Ranks, assert_same, twins_of
 
 pytestmark = pytest.mark.gpu
@@ -81,12 +81,12 @@ def test_an_overflow_is_the_same_verdict_everywhere_and_writes_nothing():
     assert twins[0].num_rows == most > twins[1].num_rows
     plans = ranks.plan([i.cuda() for i in ids], "fixed", capacity=most - 128)
     for plan in plans:
-        with pytest.raises(ops_comm.RowOverflow, match=f"rank 0 has room for {most - 128} rows; .* up to {most}"):
+        with pytest.raises(ops_plan.RowOverflow, match=f"rank 0 has room for {most - 128} rows; .* up to {most}"):
             plan.settle()
     xs = [torch.randn(t, 256, device="cuda").bfloat16() for t in load.tokens]
     pools = ranks.dispatch(plans, xs)  # skipped alike on every rank; the acknowledgements still travel
     for plan in plans:
-        ops_comm.grow(plan)
+        ops_plan.grow(plan)
     assert ranks.workspaces[0].high_water == ranks.workspaces[1].high_water >= most
     assert [pool.shape[0] for pool, _ in pools] == [most - 128] * 2
     plans = ranks.plan([i.cuda() for i in ids])
@@ -101,7 +101,7 @@ def test_high_water_by_itself_for_one_rank():
     ids, ranks = load.ids(), Ranks(load)
     (twin,), (workspace,) = twins_of(ids, 8), ranks.workspaces
     workspace.high_water = 256
-    assert_same(ops_comm.planned(workspace, ids[0].cuda(), lambda plan: plan), twin)
+    assert_same(ops_plan.planned(workspace, ids[0].cuda(), lambda plan: plan), twin)
     assert twin.num_rows <= workspace.high_water < twin.num_rows * 1.2
 
 
@@ -113,7 +113,7 @@ def test_a_captured_plan_replays_with_new_ids():
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        plan = ops_comm.build_plan(ranks.workspaces[0], static, sizing="fixed", capacity=8192)
+        plan = ops_plan.build_plan(ranks.workspaces[0], static, sizing="fixed", capacity=8192)
     for seed in (1, 2, 3):
         ids = load.ids(seed)
         static.copy_(ids[0])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megamoe_train import ops_comm
+from megamoe_train import ops_plan
 from megamoe_train.staged import Staged
 from megamoe_train.workspace import Shape, Workspace
 
@@ -73,7 +73,7 @@ def test_high_water_grows_by_itself():
 def test_what_cannot_be_is_refused_by_name():
     staged = new(sizing="fixed", capacity=128)
     x, routing_map, probs = routing(0)
-    with pytest.raises(ops_comm.RowOverflow, match="rank 0 has room for 128 rows; this routing needs up to"):
+    with pytest.raises(ops_plan.RowOverflow, match="rank 0 has room for 128 rows; this routing needs up to"):
         through(staged, x, routing_map, probs)
     with pytest.raises(ValueError, match=r"hidden states: got dtype torch\.float32; allowed: torch\.bfloat16 on CUDA"):
         through(staged, x.float(), routing_map, probs)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
 START = """
 import sys, torch
-from megamoe_train import ops_comm, watchdog
+from megamoe_train import ops_comm, ops_plan, watchdog
 from tests.gpu.virtual import Load, Ranks
 load = Load("uniform", (64, 64), 2, 8)
 ranks = Ranks(load, streams=True, deadline_s=DEADLINE)
@@ -34,7 +34,7 @@ def expect_timeout(call):
 CASES = {
     "a rank that never launches": (
         2,
-        "with ranks.on(0): expect_timeout(lambda: ops_comm.build_plan(ranks.workspaces[0], ids[0]))",
+        "with ranks.on(0): expect_timeout(lambda: ops_plan.build_plan(ranks.workspaces[0], ids[0]))",
         r"rank 0 gave up waiting for the routing counts of rank 1: deadline passed; expected epoch 1, saw epoch 0",
     ),
     "a rank in another operation": (
@@ -53,7 +53,7 @@ CASES = {
         30,
         "import threading\n"
         "threading.Timer(1.0, ranks.workspaces[1].abort).start()\n"
-        "with ranks.on(0): expect_timeout(lambda: ops_comm.build_plan(ranks.workspaces[0], ids[0]))",
+        "with ranks.on(0): expect_timeout(lambda: ops_plan.build_plan(ranks.workspaces[0], ids[0]))",
         "rank 0 gave up waiting for the routing counts of rank 1: another rank has failed",
     ),
 }

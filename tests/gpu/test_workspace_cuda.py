@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megamoe_train import ops_comm
+from megamoe_train import ops_comm, ops_plan
 from megamoe_train.workspace import Shape, Workspace, layout_of
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +17,7 @@ def test_one_rank_needs_no_process_group_and_close_gives_memory_back():
     assert torch.cuda.memory_allocated() - before >= layout_of(shape).bytes
     ids = torch.randint(16, (4000, 2), device="cuda")
     x = torch.randn(4000, 1024, device="cuda").bfloat16()
-    plan = ops_comm.build_plan(workspace, ids, sizing="exact")
+    plan = ops_plan.build_plan(workspace, ids, sizing="exact")
     rows, _ = ops_comm.dispatch(plan, x)
     y, _ = ops_comm.combine(plan, rows)
     assert torch.equal(y, (x.float() + x.float()).bfloat16())

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megamoe_train import ops_comm, watchdog
+from megamoe_train import ops_comm, ops_plan, watchdog
 from megamoe_train.staged import Staged
 from megamoe_train.workspace import Shape, Workspace
 from tests.gpu import hold
@@ -29,9 +29,9 @@ class Rank:
         shape = Shape(load.ranks, load.experts, load.top_k, hidden, max(load.tokens))
         self.workspace = Workspace.create(shape, group=dist.group.WORLD, deadline_s=deadline_s)
 
-    def plan(self, data: Data) -> ops_comm.DevicePlan:
+    def plan(self, data: Data) -> ops_plan.DevicePlan:
         self.workspace.high_water = max(twin.num_rows for twin in data.twins)
-        return ops_comm.build_plan(self.workspace, data.ids[self.rank].cuda())
+        return ops_plan.build_plan(self.workspace, data.ids[self.rank].cuda())
 
     def layer(self, seed: int, late: int | None = None, **options) -> list[torch.Tensor]:
         """Plan, forward and backward of one layer, exact; returns the results for a comparison of bits."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamoe_train import ops_comm
+from megamoe_train import ops_comm, ops_plan
 from megamoe_train.plan import RoutingPlan, decode_source, plans_of
 from megamoe_train.workspace import Shape, Workspace
 from tests.workloads import route
@@ -69,18 +69,18 @@ class Ranks:
                 results.append(call(*items))
         return results
 
-    def plan(self, ids: list[Tensor], sizing: str = "high_water", capacity: int = 0) -> list[ops_comm.DevicePlan]:
-        """As ops_comm.build_plan, by steps."""
-        sizes = [capacity if sizing == "fixed" else w.high_water or ops_comm.first_capacity(w) for w in self.workspaces]
+    def plan(self, ids: list[Tensor], sizing: str = "high_water", capacity: int = 0) -> list[ops_plan.DevicePlan]:
+        """As ops_plan.build_plan, by steps."""
+        sizes = [capacity if sizing == "fixed" else w.high_water or ops_plan.first_capacity(w) for w in self.workspaces]
         if sizing == "exact":
-            sizes = [ops_comm.MAX_ROWS] * len(ids)
+            sizes = [ops_plan.MAX_ROWS] * len(ids)
         for workspace, size in zip(self.workspaces, sizes, strict=True):
             workspace.high_water = size if sizing == "high_water" else workspace.high_water
         self.synchronize()
-        plans = self.each(ops_comm.plan_count, self.workspaces, ids, sizes)
-        self.each(ops_comm.plan_place, plans)
+        plans = self.each(ops_plan.plan_count, self.workspaces, ids, sizes)
+        self.each(ops_plan.plan_place, plans)
         rows = [plan.settle() if sizing == "exact" else None for plan in plans]
-        return self.each(ops_comm.plan_sources, plans, rows)
+        return self.each(ops_plan.plan_sources, plans, rows)
 
     def run(self, transfers: list[ops_comm.Transfer]) -> None:
         for step in ("begin", "move", "finish"):
@@ -145,7 +145,7 @@ class Data:
         self.rows = [torch.randn(twin.num_rows, hidden, device=device).bfloat16() for twin in self.twins]
         self.row_dps = [torch.randn(twin.num_rows, device=device) for twin in self.twins]
 
-    def plans(self, ranks: Ranks) -> list[ops_comm.DevicePlan]:
+    def plans(self, ranks: Ranks) -> list[ops_plan.DevicePlan]:
         for workspace in ranks.workspaces:
             workspace.high_water = max(twin.num_rows for twin in self.twins)
         return ranks.plan([ids.to(self.device) for ids in self.ids])
@@ -187,7 +187,7 @@ def _items(results):
     return results.items() if isinstance(results, dict) else enumerate(results)
 
 
-def assert_same(plan: ops_comm.DevicePlan, twin: RoutingPlan) -> None:
+def assert_same(plan: ops_plan.DevicePlan, twin: RoutingPlan) -> None:
     """The kernels' plan is the twin's, bit for bit."""
     ours = plan.to_routing_plan()
     for name in ("counts", "expert_rows", "expert_offset", "slot_of", "topk_ids", "source_of"):

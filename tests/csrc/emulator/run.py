@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from megamoe_train import ops, ops_comm
+from megamoe_train import ops, ops_plan
 from tests.gpu.virtual import Data, Load, Ranks, assert_same, run_layer, twins_of
 
 DELAY_MS = 30
@@ -64,8 +64,8 @@ def layer(load: Load, hidden: int, steps: int = 2, **options) -> None:
         run_layer(ranks, Data(load, hidden, step, "cpu"), late=step % load.ranks, **options)
 
 
-def whole_plan(workspace, ids: torch.Tensor) -> ops_comm.DevicePlan:
-    return ops_comm.build_plan(workspace, ids, sizing="fixed", capacity=workspace.high_water)
+def whole_plan(workspace, ids: torch.Tensor) -> ops_plan.DevicePlan:
+    return ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=workspace.high_water)
 
 
 def plans(load: Load, sizing: str, dtype: torch.dtype) -> None:
@@ -78,10 +78,8 @@ def plans(load: Load, sizing: str, dtype: torch.dtype) -> None:
             workspace.high_water = max(twin.num_rows for twin in twins)
         ranks.delay(seed % load.ranks)
         given = [one.to(dtype) for one in ids]
-        if sizing == "in one call":
-            made = ranks.each(whole_plan, ranks.workspaces, given)
-        else:
-            made = ranks.plan(given, sizing)
+        whole = sizing == "in one call"
+        made = ranks.each(whole_plan, ranks.workspaces, given) if whole else ranks.plan(given, sizing)
         ranks.synchronize()
         for plan, twin in zip(made, twins, strict=True):
             assert_same(plan, twin)
@@ -123,10 +121,10 @@ def overflow() -> None:
         try:
             plan.settle()
             raise AssertionError("no overflow")
-        except ops_comm.RowOverflow as error:
+        except ops_plan.RowOverflow as error:
             assert f"rank 0 has room for {most - 128} rows; this routing needs up to {most}" in str(error), error
         assert pool.isnan().all(), "a plan that does not fit wrote rows"
-        ops_comm.grow(plan)
+        ops_plan.grow(plan)
     run_layer(ranks, Data(load, 256, 1, "cpu"), late=1)
 
 
@@ -170,7 +168,7 @@ def main(library: str, seed: str, *names: str, deadline_s: float = DEADLINE_S) -
     EmulatedRanks.library, EmulatedRanks.deadline_s = ctypes.CDLL(library), deadline_s
     EmulatedRanks.library.emulator_configure(2, 30 + int(seed) * 17 % 60, ctypes.c_uint64(1000 * int(seed) + 1))
     ops.load = lambda: None
-    ops_comm._stream = lambda workspace: EmulatedRanks.current
+    ops_plan.stream_of = lambda workspace: EmulatedRanks.current
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
     for name in names:
         CASES[name]()
