@@ -106,7 +106,7 @@ def test_every_case(library, tmp_path):
 def test_mutation_is_caught(mutation, library, tmp_path):
     name, old, new, case = MUTATIONS[mutation]
     changed = build.build(tmp_path, {name: (old, new)}, base=library.parent)
-    for seed in range(6):
+    for seed in range(12):
         log = tmp_path / f"log{seed}"
         process = start(changed, seed, [case], log, MUTATION_DEADLINE_S)
         process.join(TIMEOUT_S)
