@@ -2,6 +2,9 @@
 PYTHON := .venv/bin/python
 RECIPE ?= debug
 ARGS ?=
+# Not for the programs: launch/ has variables of these names, and dozens of processes that compile all of torch anew
+# take three times as long as those that find it compiled (pip --no-compile leaves that to the first).
+unexport RECIPE ARGS PYTHONDONTWRITEBYTECODE
 
 .PHONY: help train test lint docs clean
 help:  ## this list
