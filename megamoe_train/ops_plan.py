@@ -66,7 +66,7 @@ class DevicePlan:
                 if status[0]:
                     return
                 if self.ids.is_cuda and polls % POLLS_PER_QUERY == 0:
-                    torch.cuda.currentstream_of(self.ids.device).query()  # raises what ended the kernels
+                    torch.cuda.current_stream(self.ids.device).query()  # raises what ended the kernels
                 self.workspace.guard.check()
                 time.sleep(2e-6)
 

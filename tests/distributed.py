@@ -32,20 +32,24 @@ class RankFailed(AssertionError):
     """One rank raised; the message holds its number and its traceback."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
-    """Runs `fn(rank, world_size, *args)` in `world_size` spawned processes joined by gloo; returns what each returned.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240, backend: str = "gloo"
+) -> list[Any]:
+    """Runs `fn(rank, world_size, *args)` in `world_size` processes joined by a group; returns what each returned.
 
     `fn` must be importable (top level of a module), arguments and results picklable (tensors
     travel by value). Raises RankFailed for the rank that failed first, TimeoutError after `timeout` seconds.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    # A process forked from one that has asked CUDA for anything cannot use it; what is preloaded may ask.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="megamoe-ranks-") as folder:
         store = os.path.join(folder, "store")
         pipes, workers = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            call = (fn, rank, world_size, args, store, timeout, dict(os.environ), sender)
+            call = (fn, rank, world_size, args, backend, store, timeout, dict(os.environ), sender)
             worker = context.Process(target=_rank_main, args=call)  # no daemon: a rank may start processes itself
             worker.start()
             sender.close()
@@ -58,8 +62,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
 
 def _rank_main(
-    fn: Callable, rank: int, world_size: int, args: tuple, store: str, timeout: float, environment: dict, sender
-) -> None:
+    fn: Callable, rank: int, world_size: int, args: tuple, backend: str, store: str, timeout: float,
+    environment: dict, sender,
+) -> None:  # fmt: skip
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives a killed pytest
     os.environ.clear()  # the server's environment is that of the first call, this one is the caller's
     os.environ.update(environment)
@@ -68,7 +73,7 @@ def _rank_main(
         # A collective that hangs fails first, with a traceback that says where.
         slack = max(0.2 * timeout, min(10, 0.5 * timeout))  # seconds in which a busy machine gets that traceback out
         limit = datetime.timedelta(seconds=timeout - slack)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
         # Plain pickle sends tensors by value: a shared-memory handle would die with this process.
         answer = (True, time.monotonic(), pickle.dumps(fn(rank, world_size, *args)))
         dist.barrier()

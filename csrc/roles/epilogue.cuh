@@ -63,10 +63,16 @@ __device__ __forceinline__ void swiglu_epilogue(SharedStorage& shared, const Gem
     }
 }
 
-// Where this thread's two neighbouring columns of block j, rows lane/4 + 8 half, lie in 32 columns of fp32.
+// A thread's two neighbouring columns of a block are 8 bytes, and the rows 2i and 2i + 1 of a part keep them in the same
+// 32 bytes of banks. So threads of odd rows walk the blocks in another order: block j ^ 2 where even rows are at block j.
+// That makes the 16 lanes that access shared memory at a time touch every bank once.
+__device__ __forceinline__ bool in_odd_row() { return (threadIdx.x >> 2 & 1) != 0; }
+
+// Where this thread's two columns of its block at step j = 0..3, rows lane/4 + 8 half, lie in 32 columns of fp32.
 __device__ __forceinline__ uint32_t float_address(uint32_t rows, int j, int half) {
     const int lane = threadIdx.x & 31;
-    return rows + ptx::swizzle_128(lane / 4 + 8 * half, 2 * j + (lane & 3) / 2) + (lane & 1) * 8;
+    const int unit = (2 * j + (lane & 3) / 2) ^ (in_odd_row() ? 4 : 0);
+    return rows + ptx::swizzle_128(lane / 4 + 8 * half, unit) + (lane & 1) * 8;
 }
 
 // 32 columns of fp32, added to what the part holds or written. All loads go first: one by one, each store would wait
@@ -80,8 +86,9 @@ __device__ __forceinline__ void put_floats(uint32_t rows, const float* v, bool a
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const float2 was = old[i / 2][i % 2];
-        ptx::store_shared_v2(float_address(rows, i / 2, i % 2), __fadd_rn(was.x, v[2 * i]),
-                             __fadd_rn(was.y, v[2 * i + 1]));
+        const int even = 2 * i, odd = 2 * (i ^ 4);  // of block j, of block j ^ 2
+        const float x = in_odd_row() ? v[odd] : v[even], y = in_odd_row() ? v[odd + 1] : v[even + 1];
+        ptx::store_shared_v2(float_address(rows, i / 2, i % 2), __fadd_rn(was.x, x), __fadd_rn(was.y, y));
     }
 }
 

@@ -44,7 +44,7 @@ CASES = {
         "b, _, _ = ops_comm.start_combine(plans[1], pool)\n"
         "def both():\n"
         "    ranks.each(lambda t: t.begin(), [a, b])\n"
-        "    a.move()\n"
+        "    with ranks.on(0): a.move()\n"
         "expect_timeout(both)",
         "rank 0 gave up waiting for the announcement (ready word) of the operation of rank 1: the peer is in another "
         "operation; expected epoch 1 dispatch of plan 1, saw epoch 1 combine of plan 1",

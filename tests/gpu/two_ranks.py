@@ -35,7 +35,11 @@ class Rank:
 
     def layer(self, seed: int, late: int | None = None, **options) -> list[torch.Tensor]:
         """Plan, forward and backward of one layer, exact; returns the results for a comparison of bits."""
-        data, rank = Data(self.load, self.hidden, seed), self.rank
+        return self.check(*self.run(Data(self.load, self.hidden, seed), late, **options))
+
+    def run(self, data: Data, late: int | None = None, **options) -> tuple:
+        """The data, the plan and what was moved, once all of it is done."""
+        rank = self.rank
         pools, values = data.padded(max(twin.num_rows for twin in data.twins))
         torch.cuda.current_stream().synchronize()
         if late == rank:
@@ -54,6 +58,10 @@ class Rank:
         while not done.query():
             self.workspace.guard.check()
             assert time.monotonic() < limit, "the layer did not finish"
+        return data, plan, moved
+
+    def check(self, data: Data, plan: ops_plan.DevicePlan, moved: list) -> list[torch.Tensor]:
+        rank = self.rank
         assert_same(plan, data.twins[rank])
         for number in (0, 2, 3):
             data.check_rows({rank: moved[number]})
@@ -134,8 +142,11 @@ def held(rank: int) -> None:
             one.layer(1, num_sms=sms)
             torch.cuda.synchronize()
             dist.barrier()
+            data = Data(load, one.hidden, 2)
+            torch.cuda.synchronize()
             with hold.all_but(1):
-                one.layer(2, num_sms=sms)
+                ran = one.run(data, num_sms=sms)
+            one.check(*ran)  # torch's kernels may need more than one SM
         one.workspace.close()
 
 

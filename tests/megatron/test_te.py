@@ -151,10 +151,10 @@ def test_paired_te_experts_equal_sequential_experts():
 @needs_te
 @needs_gpu
 def test_paired_te_experts_are_as_exact_as_alltoall():
-    run_ranks(against_alltoall, 1)
+    run_ranks(against_alltoall, 1, backend="cpu:gloo,cuda:nccl")
 
 
 @needs_te
 @needs_gpu
 def test_paired_te_experts_have_the_same_checkpoint():
-    run_ranks(same_checkpoint, 1)
+    run_ranks(same_checkpoint, 1, backend="cpu:gloo,cuda:nccl")
