@@ -45,7 +45,7 @@ def compile_flags(torch: Path) -> list[str]:
         "-lineinfo",
         "-Xptxas=-v",  # registers and spills of each kernel: build/kernels/**/*.log
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
-        *(["-DMEGAMOE_RANDOM_DELAYS"] if toolchain.env_flag("MEGAMOE_RANDOM_DELAYS") else []),
+        *(f"-D{name}" for name in ("MEGAMOE_RANDOM_DELAYS", "MEGAMOE_TRACE") if toolchain.env_flag(name)),
         f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
         f"-I{CSRC}",
         f"-isystem={torch / 'include'}",

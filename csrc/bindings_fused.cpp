@@ -3,6 +3,7 @@
 
 #include "host/fused.hpp"
 #include "host/torch_args.hpp"
+#include "host/trace.hpp"
 
 namespace {
 
@@ -100,6 +101,8 @@ void backward(int64_t step, Tensor handle, Tensor plan_control, Tensor source_of
 STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
     m.def("fused_counters(int capacity, int tokens) -> int");
     m.def("preload_kernels() -> ()");
+    m.def("trace_size() -> int");
+    m.def("set_trace(int address) -> ()");
     m.def(
         "fused_forward(int step, Tensor handle, Tensor plan_control, Tensor source_of, Tensor slot_of, Tensor ids,"
         " Tensor expert_rows, Tensor expert_offset, Tensor x, Tensor weights, Tensor fc1_maps, Tensor fc2_maps,"
@@ -117,6 +120,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) {
     m.impl("fused_counters", TORCH_BOX(&megamoe::fused_counters));
     m.impl("preload_kernels", TORCH_BOX(&megamoe::preload_kernels));
+    m.impl("trace_size", TORCH_BOX(&megamoe::trace_size));
+    m.impl("set_trace", TORCH_BOX(&megamoe::set_trace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CUDA, m) {

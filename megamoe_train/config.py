@@ -98,6 +98,7 @@ ENVIRONMENT = {
     "MEGAMOE_RANDOM_DELAYS": EnvVariable(
         "0", "1: kernels are built to sleep at random before each signal and after each wait, for tests of their order"
     ),
+    "MEGAMOE_TRACE": EnvVariable("0", "1: kernels are built to record when each role did what, for `bench trace`"),
     "MEGAMOE_FORCE_CUDA_BUILD": EnvVariable("0", "1: an install that cannot build the CUDA extension fails"),
 }
 

@@ -6,6 +6,7 @@
 #include "host/checks.hpp"
 #include "host/clamp.hpp"
 #include "host/tensor_map.hpp"
+#include "host/trace.hpp"
 #include "kernels/fused.hpp"
 #include "kernels/rows.cuh"
 #include "roles/fused_params.cuh"
@@ -45,6 +46,7 @@ GemmParams product_of(Gemm gemm, const FusedArgs& args) {
     product.deadline = deadline_of(args.workspace);
     product.row_weights = args.row_weights;
     product.wanted = 1;
+    product.trace = trace_buffer();
     return product;
 }
 

@@ -6,6 +6,7 @@
 #include "host/checks.hpp"
 #include "host/clamp.hpp"
 #include "host/tensor_map.hpp"
+#include "host/trace.hpp"
 #include "kernels/grouped_gemm.cuh"
 
 namespace megamoe {
@@ -51,6 +52,7 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     params.k_blocks = args.k_extent / kBlockK;
     params.limit = clamp_pair(args.limit);
     params.accumulate = args.accumulate;
+    params.trace = trace_buffer();
     params.deadline = {};
     params.deadline.nanoseconds = static_cast<unsigned long long>(args.deadline_ns);
     params.deadline.record = static_cast<WaitRecord*>(args.wait_record);

@@ -32,6 +32,25 @@ __device__ __forceinline__ void store_epilogue(SharedStorage& shared, const Gemm
     }
 }
 
+// The same for rows that the storer scatters.
+__device__ __forceinline__ void scatter_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
+                                                 const float (&d)[128], Position& position) {
+    const auto put = [&]<int kStage, int kFirst>() {
+        const OutputPlace output = position.next_output<Gemm::kFc2>(kStage);
+        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output, scatter_pitch(kStage));
+        // The last block of an odd number stands alone.
+        put_rows<scatter_blocks(kStage)>(rows, [&](int j) {
+            const float* v = &d[4 * (kFirst + j)];
+            const bool pair = j + 1 < scatter_blocks(kStage);
+            return uint4{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pair ? pack_bf16(v[4], v[5]) : 0,
+                         pair ? pack_bf16(v[6], v[7]) : 0};
+        });
+        publish_output(shared, place.warpgroup, output);
+    };
+    put.template operator()<0, 0>();
+    put.template operator()<1, scatter_blocks(0)>();
+}
+
 // The routing weights of this thread's two rows; 0 for padding.
 __device__ __forceinline__ float2 row_weights(const GemmParams& params, const Share& share, int warp_row) {
     const int row = warp_row + (threadIdx.x & 31) / 4;
@@ -63,16 +82,10 @@ __device__ __forceinline__ void swiglu_epilogue(SharedStorage& shared, const Gem
     }
 }
 
-// A thread's two neighbouring columns of a block are 8 bytes, and the rows 2i and 2i + 1 of a part keep them in the same
-// 32 bytes of banks. So threads of odd rows walk the blocks in another order: block j ^ 2 where even rows are at block j.
-// That makes the 16 lanes that access shared memory at a time touch every bank once.
-__device__ __forceinline__ bool in_odd_row() { return (threadIdx.x >> 2 & 1) != 0; }
-
-// Where this thread's two columns of its block at step j = 0..3, rows lane/4 + 8 half, lie in 32 columns of fp32.
+// Where this thread's two neighbouring columns of block j, rows lane/4 + 8 half, lie in 32 columns of fp32.
 __device__ __forceinline__ uint32_t float_address(uint32_t rows, int j, int half) {
     const int lane = threadIdx.x & 31;
-    const int unit = (2 * j + (lane & 3) / 2) ^ (in_odd_row() ? 4 : 0);
-    return rows + ptx::swizzle_128(lane / 4 + 8 * half, unit) + (lane & 1) * 8;
+    return rows + ptx::swizzle_128(lane / 4 + 8 * half, 2 * j + (lane & 3) / 2) + (lane & 1) * 8;
 }
 
 // 32 columns of fp32, added to what the part holds or written. All loads go first: one by one, each store would wait
@@ -86,20 +99,20 @@ __device__ __forceinline__ void put_floats(uint32_t rows, const float* v, bool a
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const float2 was = old[i / 2][i % 2];
-        const int even = 2 * i, odd = 2 * (i ^ 4);  // of block j, of block j ^ 2
-        const float x = in_odd_row() ? v[odd] : v[even], y = in_odd_row() ? v[odd + 1] : v[even + 1];
-        ptx::store_shared_v2(float_address(rows, i / 2, i % 2), __fadd_rn(was.x, x), __fadd_rn(was.y, y));
+        ptx::store_shared_v2(float_address(rows, i / 2, i % 2), __fadd_rn(was.x, v[2 * i]),
+                             __fadd_rn(was.y, v[2 * i + 1]));
     }
 }
 
 // wgrad: one fp32 addition per element and launch.
 __device__ __forceinline__ void wgrad_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
-                                               const float (&d)[128], Position& position) {
+                                               const float (&d)[128], Position& position, Trace& trace) {
     const bool add = params.accumulate;
 #pragma unroll
     for (int stage = 0; stage < kGradStages; ++stage) {
         const OutputPlace output = position.next_output<Gemm::kWgrad>(stage);
         const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
+        if (stage == 0) trace.mark(Mark::kFirstOutput);
 #pragma unroll
         for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
             put_floats(rows + i * kPartBytes, &d[16 * (stage * kParts + i)], add);

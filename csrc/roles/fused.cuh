@@ -11,7 +11,7 @@ namespace megamoe {
 
 constexpr int kMoverDepth = 4;  // 16-byte loads in flight per lane of a mover
 constexpr int kMathDepth = 8;   // and of a math warp that helps
-constexpr int kMoverSlots = 4;  // combine slots in flight per lane of a mover
+constexpr int kMoverSlots = 6;  // combine slots in flight per lane of a mover
 constexpr int kMathSlots = 8;
 
 template <Gemm kGemm>
@@ -35,8 +35,9 @@ __device__ __forceinline__ void with_gemm(const FusedParams& params, int product
 
 // ---- scheduler and loader
 
-// Waits until everything that the unit reads is there. Whole warp. Counter -> TMA load: ld.acquire.gpu by a lane;
-// barrier; the scheduler's mbarrier arrive (release.cluster); the loader's acquire.cluster, fence.proxy.async, load.
+// Waits until everything that the unit reads is there. Whole warp. Counter -> TMA load: ld.acquire.gpu by a lane,
+// fence.proxy.async by the same; barrier; the scheduler's mbarrier arrive (release.cluster); the loader's wait; load.
+// The fence stands here, two units ahead of the loads: in the loaders it cost 3,600 cycles between two units.
 template <bool kBackward>
 __device__ __forceinline__ void wait_for_inputs(const FusedParams& params, const UnitSlot& slot) {
     constexpr Gemm kMaker = kBackward ? Gemm::kDgrad2 : Gemm::kFc1;
@@ -54,6 +55,7 @@ __device__ __forceinline__ void wait_for_inputs(const FusedParams& params, const
             wait_counter(params.peers, counters.arrived + params.tiles + at, kRowTile, Waiting::kRowsArrived);
         }
     }
+    ptx::fence_async();
 }
 
 // Tells the movers how far the units that need their rows have come.
@@ -74,13 +76,14 @@ template <bool kBackward>
 __device__ __forceinline__ void fused_loader(SharedStorage& shared, const FusedParams& params, int rank) {
     Position position;
     UnitCursor units;
+    Trace trace(params.products[0].trace);
     while (true) {
-        acquire_unit(shared, units, params.peers.deadline);
         const UnitSlot slot = next_unit(shared, units, params.peers.deadline);
         if (slot.expert < 0) break;
+        trace.begin_unit();
         if ((threadIdx.x & 31) != 0) continue;
         with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
-            load_unit<gemm.kValue>(shared, product, slot, rank, position);
+            load_unit<gemm.kValue>(shared, product, slot, rank, position, trace);
         });
     }
 }
@@ -105,18 +108,21 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
     UnitCursor units;
     Laps laps;
     uint64_t seen = 0;
+    Trace trace(params.products[0].trace);
     while (true) {
         const UnitSlot slot = next_unit(shared, units, params.peers.deadline);
         if (slot.expert < 0) break;
+        trace.begin_unit();
         with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
             constexpr Gemm kGemm = gemm.kValue;
             if constexpr (kGemm == Gemm::kFc2 || kGemm == Gemm::kDgrad1) {
                 wait_for_all_peers(params.peers, expected_ready(params), seen);
-                scatter_unit<kGemm>(shared, params, product, slot, rank, position, laps);
+                scatter_unit<kGemm>(shared, params, product, slot, rank, position, laps, trace);
             } else {
-                const int working = store_unit_tma<kGemm>(shared, product, slot, rank, position, laps);
+                const int working = store_unit_tma<kGemm>(shared, product, slot, rank, position, laps, trace);
                 if constexpr (kGemm != Gemm::kWgrad) count_made(params, slot, rank, working);
             }
+            trace.mark(Mark::kSignalled);
         });
     }
     finish_stores();
@@ -127,8 +133,10 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
 // Rows first; what is left of the warp's time goes to the sums. `first`: the pull to begin with.
 __device__ __forceinline__ void fused_mover(const FusedParams& params, int first) {
     uint64_t seen = 0;
+    Trace trace(params.products[0].trace);
     for (int i = 0; i < params.num_pulls; ++i) {
         pull_rows<kMoverDepth>(params, pull_at(first, i, params.num_pulls), kAllRows, seen);
+        trace.mark(i == 0 ? CtaMark::kPulled : CtaMark::kPulledSecond);
     }
     // With K experts at random a token is complete when most of them are done; until then sweeps find little and load
     // L2.
@@ -137,7 +145,28 @@ __device__ __forceinline__ void fused_mover(const FusedParams& params, int first
         wait_counter<2000>(params.peers, params.counters.pushed + first_swept(tiles), 1, Waiting::kTileMade);
     }
     __syncwarp();
+    trace.mark(CtaMark::kSumming);
     sum_tokens<kMoverSlots>(params, seen);
+    trace.mark(CtaMark::kSummed);
+}
+
+// A CTA must stay until its peer has sent it the last arrival and multicast.
+__device__ __forceinline__ void leave() {
+    __syncwarp();
+    ptx::cluster_sync();
+}
+
+// The end of a math warp. Not inlined: beside the products the sums would cost their epilogues registers (measured:
+// 3,300 cycles a tile of fc1 in spills). It does not return, since ptxas takes setmaxnreg from a kernel that calls
+// others.
+[[noreturn]] static __device__ __noinline__ void sum_and_leave(const FusedParams& params, Trace trace) {
+    trace.mark(CtaMark::kMathSumming);
+    uint64_t seen = 0;
+    sum_tokens<kMathSlots>(params, seen);
+    trace.tie(CtaMark::kClockEnd, CtaMark::kGlobalEnd);
+    leave();
+    asm volatile("exit;");
+    __builtin_unreachable();
 }
 
 template <bool kBackward>
@@ -148,14 +177,17 @@ __device__ __forceinline__ void fused_math(SharedStorage& shared, const FusedPar
     Position position;
     UnitCursor units;
     float d[128] = {};
+    Trace trace(math_trace(params.products[0].trace));
+    trace.tie(CtaMark::kClock, CtaMark::kGlobal);
     while (true) {
         const UnitSlot slot = next_unit(shared, units, params.peers.deadline);
         if (slot.expert < 0) break;
+        begin_unit(trace, slot);
         with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
-            math_unit<gemm.kValue>(shared, product, slot, place, rank, position, d);
+            math_unit<gemm.kValue, true>(shared, product, slot, place, rank, position, d, trace);
         });
     }
-    sum_tokens<kMathSlots>(params, seen);
+    sum_and_leave(params, trace);
 }
 
 // Nothing to do: an overflow or a bad id, judged alike on every rank. The staged rows are given back unread.
@@ -195,9 +227,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
         fused_math<kBackward>(shared, params, warpgroup_index() - 1, rank);
     }
-    __syncwarp();
-    // A CTA must stay until its peer has sent it the last arrival and multicast.
-    ptx::cluster_sync();
+    leave();
 }
 
 template <bool kBackward>

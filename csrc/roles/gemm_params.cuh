@@ -5,6 +5,7 @@
 
 #include "ptx/wgmma.cuh"
 #include "roles/shared.cuh"
+#include "roles/trace.cuh"
 
 namespace megamoe {
 
@@ -38,6 +39,7 @@ struct GemmParams {
     int accumulate;        // wgrad: add to what is there
     int wanted;            // 0: the launch leaves this product out
     Deadline deadline;
+    TraceBuffer trace;
 };
 
 }  // namespace megamoe

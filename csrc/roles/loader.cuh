@@ -118,15 +118,17 @@ __device__ __forceinline__ void grant_outputs(SharedStorage& shared, const GemmP
 // All that a unit needs, by one thread: its operands, then the places for its results.
 template <Gemm kGemm>
 __device__ __forceinline__ void load_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& unit,
-                                          int rank, Position& position) {
+                                          int rank, Position& position, Trace& trace) {
     const CUtensorMap* weights = params.expert_maps + unit.expert;
     StageCursor& ring = position.ring;
     for (int k_block = 0; k_block < unit.k_blocks; ++k_block) {
         wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);
+        if (k_block == 0) trace.mark(Mark::kLoading);
         load_stage<kGemm>(shared, params, unit, weights, rank, ring.index, k_block);
         ring.advance();
     }
     grant_outputs<kGemm>(shared, params, unit, rank, position);
+    trace.mark(Mark::kLoaded);
 }
 
 // The tensor maps of all experts before their first use, by a whole warp; a barrier with their users must follow.
@@ -139,10 +141,12 @@ template <Gemm kGemm>
 __device__ void loader_role(SharedStorage& shared, const GemmParams& params, int rank) {
     Position position;
     UnitCursor units;
+    Trace trace(params.trace);
     while (true) {
         const UnitSlot unit = next_unit(shared, units, params.deadline);
         if (unit.expert < 0) break;
-        if ((threadIdx.x & 31) == 0) load_unit<kGemm>(shared, params, unit, rank, position);
+        trace.begin_unit();
+        if ((threadIdx.x & 31) == 0) load_unit<kGemm>(shared, params, unit, rank, position, trace);
     }
 }
 

@@ -26,12 +26,13 @@ __device__ __forceinline__ void skip(SharedStorage& shared, const GemmParams& pa
 // it. Returns the stage of that step.
 template <Gemm kGemm>
 __device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams& params, int warpgroup, int k_blocks,
-                                        StageCursor& cursor, float (&d)[128]) {
+                                        StageCursor& cursor, float (&d)[128], Trace& trace) {
     constexpr ptx::Major kA = GemmTraits<kGemm>::kMajorA, kB = GemmTraits<kGemm>::kMajorB;
     int previous = -1;
     int k_block = 0;
     do {
         wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);
+        if (k_block == 0) trace.mark(Mark::kFirstStage);
         const uint32_t stage = ptx::smem_address(shared.ring[cursor.index]);
         const uint64_t a = ptx::smem_descriptor<kA>(stage + warpgroup * (kBytesA / 2));
         const uint64_t b = ptx::smem_descriptor<kB>(stage + kBytesA);
@@ -65,9 +66,11 @@ __device__ __forceinline__ WarpPlace warp_place(int warpgroup) {
 
 // `d`: the accumulators, one set for all products of a launch. A set for each would be alive all the time: the first
 // wgmma of a tile names its accumulators as inputs, even where it overwrites them.
-template <Gemm kGemm>
+// kScatters: the rows of fc2 and dgrad1 go where their tokens are, instead of into a pool.
+template <Gemm kGemm, bool kScatters>
 __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
-                                          WarpPlace place, int rank, Position& position, float (&d)[128]) {
+                                          WarpPlace place, int rank, Position& position, float (&d)[128],
+                                          Trace& trace) {
     constexpr bool kUsesWeights = kGemm == Gemm::kFc1 || kGemm == Gemm::kDgrad2;
     const int warp_row = place.row - place.warpgroup * kWarpgroupM;
     const Share share = share_of<kGemm>(params, slot, rank, place.warpgroup);
@@ -76,19 +79,37 @@ __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParam
     if (GemmTraits<kGemm>::kIsWgrad && slot.k_blocks == 0) {
         return zero_gradient(params, share, warp_row, params.gradients[slot.expert]);
     }
-    const int last_stage = multiply<kGemm>(shared, params, place.warpgroup, slot.k_blocks, position.ring, d);
+    const int last_stage = multiply<kGemm>(shared, params, place.warpgroup, slot.k_blocks, position.ring, d, trace);
     // Asked for while the last step runs.
     const float2 p = kUsesWeights ? row_weights(params, share, warp_row) : float2{0.0f, 0.0f};
     finish_multiply(shared, last_stage, d);
+    trace.mark(Mark::kMultiplied);
     if constexpr (kGemm == Gemm::kFc1) {
         swiglu_epilogue(shared, params, place, p, d, position);
     } else if constexpr (kGemm == Gemm::kDgrad2) {
         dswiglu_epilogue(shared, params, share, place, outputs, p, d, position);
     } else if constexpr (kGemm == Gemm::kWgrad) {
-        wgrad_epilogue(shared, params, place, d, position);
+        wgrad_epilogue(shared, params, place, d, position, trace);
+    } else if constexpr (kScatters) {
+        scatter_epilogue(shared, params, place, d, position);
     } else {
         store_epilogue(shared, params, place, d, position);
     }
+    trace.mark(Mark::kDone);
+}
+
+// Of the first math warp; the others' record nothing.
+__device__ __forceinline__ TraceBuffer math_trace([[maybe_unused]] const TraceBuffer& buffer) {
+#ifdef MEGAMOE_TRACE
+    if (threadIdx.x / 32 == 4) return buffer;
+#endif
+    return {};
+}
+
+__device__ __forceinline__ void begin_unit(Trace& trace, const UnitSlot& slot) {
+    trace.begin_unit();
+    trace.unit(slot.product, slot.expert);
+    trace.mark(Mark::kTaken);
 }
 
 template <Gemm kGemm>
@@ -97,11 +118,15 @@ __device__ void math_role(SharedStorage& shared, const GemmParams& params, int w
     Position position;
     UnitCursor units;
     float d[128];
+    Trace trace(math_trace(params.trace));
+    trace.tie(CtaMark::kClock, CtaMark::kGlobal);
     while (true) {
         const UnitSlot slot = next_unit(shared, units, params.deadline);
         if (slot.expert < 0) break;
-        math_unit<kGemm>(shared, params, slot, place, rank, position, d);
+        begin_unit(trace, slot);
+        math_unit<kGemm, false>(shared, params, slot, place, rank, position, d, trace);
     }
+    trace.tie(CtaMark::kClockEnd, CtaMark::kGlobalEnd);
 }
 
 }  // namespace megamoe

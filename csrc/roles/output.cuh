@@ -5,6 +5,8 @@
 // A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of
 // each.
 //   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
+// Rows that the fused kernels scatter lie differently, each in one piece: [128 rows][136 columns], then [128][120]. An
+// odd number of 16-byte units a row, so that eight rows of a unit touch all banks; the second fits the spare place.
 // Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the
 // stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
 #pragma once
@@ -62,12 +64,12 @@ __device__ __forceinline__ Share share_of(const GemmParams& params, const UnitSl
 // --- math warps
 // -------------------------------------------------------------------------------------------------------
 
-// Waits for a place; the address of this warp's 16 rows in its first part.
+// Waits for a place; the address of this warp's 16 rows in its first part, of `pitch` bytes each.
 __device__ __forceinline__ uint32_t acquire_output(SharedStorage& shared, const Deadline& deadline, int warp_row,
-                                                   OutputPlace place) {
+                                                   OutputPlace place, int pitch = 128) {
     wait(&shared.stage_full[place.index], place.parity, deadline, Waiting::kStageFull);
     __syncwarp();
-    return ptx::smem_address(output_memory(shared, place)) + warp_row * 128;
+    return ptx::smem_address(output_memory(shared, place)) + warp_row * pitch;
 }
 
 // Hands the warp's rows to the storer.
@@ -94,6 +96,26 @@ __device__ __forceinline__ void put_part(uint32_t rows, Fragment fragment) {
     }
 }
 
+MEGAMOE_HD constexpr int scatter_pitch(int stage) { return scatter_blocks(stage) * 16; }
+static_assert(kTileM * scatter_pitch(0) <= kStageBytes && kTileM * scatter_pitch(1) <= kSpareBytes);
+static_assert(scatter_pitch(0) + scatter_pitch(1) == 2 * kTileN);
+
+// 8 kBlocks columns of bf16, rows of 16 kBlocks bytes.
+template <int kBlocks, typename Fragment>
+__device__ __forceinline__ void put_rows(uint32_t rows, Fragment fragment) {
+    const int lane = threadIdx.x & 31;
+    const uint32_t at = rows + (lane & 15) * (kBlocks * 16) + (lane >> 4) * 16;
+#pragma unroll
+    for (int j = 0; j + 1 < kBlocks; j += 2) {
+        const uint4 v = fragment(j);
+        ptx::store_matrix_x4(at + j * 16, v.x, v.y, v.z, v.w);
+    }
+    if constexpr (kBlocks % 2 == 1) {
+        const uint4 v = fragment(kBlocks - 1);
+        ptx::store_matrix_x2(rows + (lane & 15) * (kBlocks * 16) + (kBlocks - 1) * 16, v.x, v.y);
+    }
+}
+
 // --- storer warps
 // -----------------------------------------------------------------------------------------------------
 
@@ -117,7 +139,6 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
         ptx::tma_store_2d(&params.out, part, column, row);
         ptx::tma_store_2d(&params.out, part + kPartBytes, column + kChunkColumns, row);
     }
-    ptx::tma_store_commit();
 }
 
 // Parity of output_full, a bit per place and warpgroup.
@@ -125,51 +146,62 @@ struct Laps {
     uint32_t of[kMathWarpgroups] = {};
 };
 
-// Sends a unit's output stages of both warpgroups, by a whole warp. `send(warpgroup, share, stage, part)` copies what
-// lies at `part` and returns when it has been read. Returns how many warpgroups had work.
+// Sends a unit's output stages of both warpgroups, by a whole warp. `send(warpgroup, share, stage, memory)` issues the
+// copies of what the place at `memory` holds; every lane may. A stage is handed back when the next one is on its way,
+// so that the SM never stops sending. Returns how many warpgroups had work.
 template <Gemm kGemm, class Send>
 __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
-                                          int rank, Position& position, Laps& laps, Send&& send) {
-    const int outputs = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
+                                          int rank, Position& position, Laps& laps, Trace& trace, Send&& send) {
+    const Unit unit = unit_of(slot);
+    const int outputs = output_stages(kGemm, params.n_extent, unit, slot.k_blocks);
     position.ring.skip(slot.k_blocks);
     int working = 0;
 #pragma unroll
     for (int w = 0; w < kMathWarpgroups; ++w) working += share_of<kGemm>(params, slot, rank, w).works;
+    OutputPlace on_the_way{-1, 0};
     for (int stage = 0; stage < outputs; ++stage) {
         const OutputPlace place = position.next_output<kGemm>(stage);
-        const int n_tile = n_tile_of(unit_of(slot), rank);
-        if (kGemm == Gemm::kDgrad2 && stage >= dswiglu_chunks(params.n_extent, n_tile)) continue;  // handed back
+        // Handed back by the math warps:
+        if (kGemm == Gemm::kDgrad2 && stage >= dswiglu_chunks(params.n_extent, n_tile_of(unit, rank))) continue;
+        if (working == 0) continue;
 #pragma unroll
         for (int w = 0; w < kMathWarpgroups; ++w) {
             if (w >= working) break;
             wait(&shared.output_full[w][place.index], laps.of[w] >> place.index & 1, params.deadline,
                  Waiting::kOutputFull);
             laps.of[w] ^= 1u << place.index;
-            send(w, share_of<kGemm>(params, slot, rank, w), stage, output_memory(shared, place) + w * (kPartBytes / 2));
+            if (stage == 0) trace.mark(Mark::kFirstFull);
+            send(w, share_of<kGemm>(params, slot, rank, w), stage, output_memory(shared, place));
         }
-        if (working == 0) continue;
-        if ((threadIdx.x & 31) == 0) ptx::tma_store_wait_read<0>();
-        __syncwarp();
-        release_output(shared, place, working * kWarpgroupWarps);
+        ptx::tma_store_commit();
+        if (on_the_way.index >= 0) {
+            ptx::tma_store_wait_read<1>();
+            release_output(shared, on_the_way, working * kWarpgroupWarps);
+        }
+        on_the_way = place;
     }
+    if (on_the_way.index >= 0) {
+        ptx::tma_store_wait_read<0>();
+        release_output(shared, on_the_way, working * kWarpgroupWarps);
+    }
+    trace.mark(Mark::kSent);
     return working;
 }
 
 // Sends by TMA.
 template <Gemm kGemm>
 __device__ __forceinline__ int store_unit_tma(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
-                                              int rank, Position& position, Laps& laps) {
+                                              int rank, Position& position, Laps& laps, Trace& trace) {
     const CUtensorMap* gradient = params.expert_maps + slot.expert;
-    return store_unit<kGemm>(shared, params, slot, rank, position, laps,
-                             [&](int, const Share& share, int stage, const uint8_t* part) {
-                                 if ((threadIdx.x & 31) == 0) send_stage<kGemm>(params, share, gradient, stage, part);
+    return store_unit<kGemm>(shared, params, slot, rank, position, laps, trace,
+                             [&](int w, const Share& share, int stage, const uint8_t* memory) {
+                                 if ((threadIdx.x & 31) != 0) return;
+                                 send_stage<kGemm>(params, share, gradient, stage, memory + w * (kPartBytes / 2));
                              });
 }
 
-// Everything sent is performed.
-__device__ __forceinline__ void finish_stores() {
-    if ((threadIdx.x & 31) == 0) ptx::tma_store_wait_all();
-}
+// Everything that this lane sent is performed.
+__device__ __forceinline__ void finish_stores() { ptx::tma_store_wait_all(); }
 
 // Storer role: a whole warp; one lane issues.
 template <Gemm kGemm>
@@ -177,10 +209,12 @@ __device__ void storer_role(SharedStorage& shared, const GemmParams& params, int
     Position position;
     UnitCursor units;
     Laps laps;
+    Trace trace(params.trace);
     while (true) {
         const UnitSlot slot = next_unit(shared, units, params.deadline);
         if (slot.expert < 0) break;
-        store_unit_tma<kGemm>(shared, params, slot, rank, position, laps);
+        trace.begin_unit();
+        store_unit_tma<kGemm>(shared, params, slot, rank, position, laps, trace);
     }
     finish_stores();
 }

@@ -41,11 +41,15 @@ __device__ __forceinline__ void scheduler_role(SharedStorage& shared, const Gemm
     __syncwarp();
     UnitFinder finder(products, order, shared.expert_rows);
     UnitCursor cursor;
+    Trace trace(products[0].trace);
     while (true) {
         const int claim = lane == 0 ? atomicAdd(claims, 1) : 0;
         const FoundUnit found = finder.find(__shfl_sync(0xffffffffu, claim, 0));
         const UnitSlot unit = slot_for(products, found, shared.expert_rows);
+        trace.begin_unit();
+        trace.mark(Mark::kClaimed);
         if (unit.expert >= 0) ready(unit);
+        trace.mark(Mark::kReady);
         __syncwarp();
         if (lane == 0) hand_out(shared, unit, cursor, products[0].deadline);
         cursor.advance();

@@ -14,8 +14,8 @@ constexpr int kThreads = 128 * (1 + kMathWarpgroups);
 constexpr int kWarpRows = 16;  // rows of a math warp
 
 // Registers per thread. The launch bound gives 168; the producer warpgroup hands its share to the math warpgroups.
-constexpr int kProducerRegisters = 56;  // a mover keeps four 16-byte loads per lane in flight
-constexpr int kMathRegisters = 224;
+constexpr int kProducerRegisters = 64;  // a mover keeps four 16-byte loads per lane in flight
+constexpr int kMathRegisters = 216;
 static_assert(128 * kProducerRegisters + 128 * kMathWarpgroups * kMathRegisters <= 65536);
 
 // One unit of work as every role of a cluster reads it.
@@ -60,15 +60,6 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
         ptx::mbarrier_init(&shared.unit_free[i], kUnitFreeArrivals);
     }
     ptx::fence_mbarrier_init();
-}
-
-// Before next_unit, by a warp whose async loads read what the scheduler has seen finished: acquires that too.
-__device__ __forceinline__ void acquire_unit(SharedStorage& shared, const UnitCursor& cursor,
-                                             const Deadline& deadline) {
-    wait(&shared.unit_full[cursor.index], cursor.parity, deadline, Waiting::kUnit);
-    ptx::mbarrier_try_wait_cluster(&shared.unit_full[cursor.index], cursor.parity);
-    __syncwarp();
-    ptx::fence_async();
 }
 
 // The next unit, read by every thread of the calling warp. The slot is handed back at once.

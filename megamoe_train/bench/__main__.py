@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import dispatch, fused, gemm, layer
+from . import dispatch, fused, gemm, layer, trace
 
 
 def commit() -> str:
@@ -37,6 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     dispatch.add_arguments(tables)
     layer.add_arguments(tables)
     fused.add_arguments(tables)
+    trace.add_arguments(tables)
     return parser.parse_args(argv)
 
 
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit()}")
     if args.table == "layer":
         return layer.main(args, commit())
+    if args.table == "trace":
+        return trace.main(args)
     if args.table == "dispatch":
         rows = dispatch.run(args)
     elif args.table == "fused":
