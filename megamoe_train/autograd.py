@@ -81,18 +81,18 @@ class MoE(torch.autograd.Function):
         x, weights, h, *experts = ctx.saved_tensors
         _, wants_x, wants_weights, *wanted = ctx.needs_input_grad
         n = call.num_fc1
-        first, second = (
-            _buffers(call.sink, ctx.experts[:n], wanted[:n]),
-            _buffers(call.sink, ctx.experts[n:], wanted[n:]),
-        )
+        first, overwrite1 = _buffers(call.sink, ctx.experts[:n], wanted[:n])
+        second, overwrite2 = _buffers(call.sink, ctx.experts[n:], wanted[n:])
         grads = call.backend.backward(
             dy, x, h, call.plan, weights, per_expert(experts[:n]), per_expert(experts[n:]),
             clamp=call.clamp, group=call.group, need=call.need,
             dfc1=_targets(ctx.experts[:n], first), dfc2=_targets(ctx.experts[n:], second),
-            overwrite=(_nothing_yet(first), _nothing_yet(second)),
+            overwrite=(overwrite1, overwrite2),
         )  # fmt: skip
         dx = grads.dx if wants_x else None
-        dweights = grads.dweights.to(weights.dtype) if wants_weights else None
+        dweights = grads.dweights if wants_weights else None
+        if dweights is not None and dweights.dtype != weights.dtype:
+            dweights = dweights.to(weights.dtype)
         return None, dx, dweights, *[None if b is None else b.finish() for b in first + second]
 
 
@@ -117,19 +117,20 @@ class _Buffer:
         return self.sink.finish(self.weight, self.fresh)
 
 
-def _buffers(sink: WeightGradSink, weights: tuple[Tensor, ...], wanted: list[bool]) -> list[_Buffer | None]:
-    """Buffers of fc1 or of fc2; None where no gradient is wanted. Fresh ones are zero unless all can be written."""
+def _buffers(
+    sink: WeightGradSink, weights: tuple[Tensor, ...], wanted: list[bool]
+) -> tuple[list[_Buffer | None], bool]:
+    """Buffers of fc1 or of fc2, None where no gradient is wanted; and whether none of them is the sink's.
+
+    Then backward writes instead of adding. Else fresh ones are zero.
+    """
     buffers = [_Buffer(sink, weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
-    fill = torch.empty_like if _nothing_yet(buffers) else torch.zeros_like
+    nothing_yet = all(buffer is None or buffer.given is None for buffer in buffers)
+    fill = torch.empty_like if nothing_yet else torch.zeros_like
     for buffer in buffers:
         if buffer is not None:
             buffer.make(fill)
-    return buffers
-
-
-def _nothing_yet(buffers: list[_Buffer | None]) -> bool:
-    """True where no sink's buffer is among them: backward writes instead of adding."""
-    return all(buffer is None or buffer.given is None for buffer in buffers)
+    return buffers, nothing_yet
 
 
 def _targets(weights: tuple[Tensor, ...], buffers: list[_Buffer | None]) -> Sequence[Tensor | None]:

@@ -25,6 +25,7 @@ from .plan import RoutingPlan
 from .workspace import Workspace
 
 ALIGNMENT = 16  # bytes, of every row that a bulk copy moves and every matrix that a tensor map describes
+NO_GRADIENT = reference.Need(False, False, False, False)
 CACHED_LAYERS = 1024
 CACHED_GRADIENTS = 512
 Entry = TypeVar("Entry")
@@ -122,7 +123,9 @@ class FusedBackend:
 
     def need(self, x: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...], **_) -> reference.Need:
         """What this rank wants; the others may want something else."""
-        return reference.Need(wants((x,)), wants((weights,)), wants(fc1), wants(fc2))
+        if not torch.is_grad_enabled():
+            return NO_GRADIENT
+        return reference.Need(x.requires_grad, weights.requires_grad, wants(fc1), wants(fc2))
 
     def forward(
         self, x: Tensor, plan: FusedPlan, weights: Tensor, fc1: list[Tensor], fc2: list[Tensor],
@@ -141,7 +144,7 @@ class FusedBackend:
     ) -> reference.Grads:  # fmt: skip
         """Gradients into dfc1, dfc2 where any is wanted; `overwrite`: they hold nothing yet."""
         maps = self._maps_of(fc1, fc2, x.device)
-        x, dy, p = _rows(x), _rows(dy.to(x.dtype)), _fp32(weights)
+        x, dy, p = _rows(x), _rows(dy if dy.dtype == x.dtype else dy.to(x.dtype)), _fp32(weights)
         device_plan = plan.device_plan
         # Ranks cannot know whether another one has frozen fc1. Where there are several, each stages x and pulls it, and
         # one that wants no dfc1 has it computed into a spare matrix.

@@ -129,7 +129,8 @@ class DevicePlan:
     def settle(self) -> int:
         """M of this rank, after `wait`. Raises ValueError for a bad id and RowOverflow, alike on every rank."""
         if self.rows is None:  # read once: the workspace uses the pinned words again
-            self.wait()
+            if not self.status.tolist()[0]:
+                self.wait()
             self.rows = read_verdict(self.status, self.workspace.shape)
         return self.rows
 

@@ -94,7 +94,8 @@ class Guard:
     def __init__(self, rank: int, *, pinned: bool = True):
         self.rank = rank
         self.record = torch.zeros(RECORD_INTS, dtype=torch.int64, pin_memory=pinned)
-        self._record = self.record.numpy()  # the same memory, read at a tenth of the cost
+        self._record = self.record.numpy()
+        self._words = memoryview(self._record)  # the same memory, read at a fraction of the cost
         self._stop = threading.Event()
         self._seen = threading.Event()
         arguments = (weakref.ref(self), self._stop)
@@ -110,7 +111,7 @@ class Guard:
             self.report(record)
 
     def failure(self) -> Record | None:
-        return Record.read(self._record)
+        return Record.read(self._record) if self._words[0] else None
 
     def check(self) -> None:
         """Raises MegaMoETimeout if a wait has failed."""

@@ -164,6 +164,7 @@ class Workspace:
         self.most_rows = 0  # M of the largest load so far
         statuses = torch.zeros(STATUS_SLOTS, STATUS_INTS, dtype=torch.int64, pin_memory=memory.is_cuda)
         self.statuses = statuses.unbind(0)  # cut once, not in every call
+        self._status_words = memoryview(statuses.view(-1).numpy())
         self.plans = 0
         self.kept_slots: set[int] = set()  # statuses that captured graphs write again at every replay
         self.unread: list[tuple[Tensor, bool]] = []  # statuses nobody waits for, and whether a graph has captured them
@@ -238,7 +239,8 @@ class Workspace:
         return self.memory[begin:].view(dtype)[: int(torch.Size(size).numel())].view(size)
 
     def next_status(self) -> Tensor:
-        """int64 [8] of pinned host memory for the verdict of the next plan, zeroed; used again 1024 plans later."""
+        """int64 [8] of pinned host memory for the verdict of the next plan, its first word 0, which the verdict sets
+        last; used again 1024 plans later."""
         if len(self.kept_slots) == STATUS_SLOTS:
             raise RuntimeError(f"workspace: captured graphs hold all {STATUS_SLOTS} verdicts; capture with another one")
         while self.plans % STATUS_SLOTS in self.kept_slots:
@@ -246,7 +248,8 @@ class Workspace:
         slot, self.plans = self.plans % STATUS_SLOTS, self.plans + 1
         if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
             self.kept_slots.add(slot)
-        return self.statuses[slot].zero_()
+        self._status_words[slot * STATUS_INTS] = 0
+        return self.statuses[slot]
 
     def launching(self) -> _Launching:
         """Around one rank's part of a collective call. A rank that fails in it (out of memory) ends the others' waits

@@ -32,7 +32,8 @@ class FakeWorkspace(Workspace):
         self.memory = torch.empty(0)
         self.guard = types.SimpleNamespace(watch=contextlib.nullcontext, check=lambda: None, failure=lambda: None)
         self.high_water = self.most_rows = self.plans = self.aborted = 0
-        self.statuses = torch.zeros(workspace.STATUS_SLOTS, workspace.STATUS_INTS, dtype=torch.int64).unbind(0)
+        statuses = torch.zeros(workspace.STATUS_SLOTS, workspace.STATUS_INTS, dtype=torch.int64)
+        self.statuses, self._status_words = statuses.unbind(0), memoryview(statuses.view(-1).numpy())
         self.kept_slots, self.unread = set(), []
         self.closed, self.group = False, None
 
