@@ -56,14 +56,14 @@ def _check_experts(
     hidden: int, dtype: torch.dtype, device: torch.device, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...]
 ) -> None:
     *_, rows, _ = fc1[0].shape
-    if num_experts_of(fc1) != num_experts_of(fc2):
-        raise ValueError(f"fc2: got {num_experts_of(fc2)} experts; allowed: {num_experts_of(fc1)}, as many as fc1")
+    if (got := num_experts_of(fc2)) != (wanted := num_experts_of(fc1)):
+        raise ValueError(f"fc2: got {got} experts; allowed: {wanted}, as many as fc1")
     if rows % 2 or rows == 0:
         raise ValueError(f"fc1: got {rows} rows an expert; allowed: 2I, gate rows first, then up")
     for name, experts, shape in (("fc1", fc1, (rows, hidden)), ("fc2", fc2, (hidden, rows // 2))):
-        size = torch.Size((*experts[0].shape[:-2], *shape))
+        size = (*experts[0].shape[:-2], *shape)
         if all([e.shape == size and e.dtype is dtype and e.device == device for e in experts]):
-            continue
+            continue  # every forward asks this of every expert
         for number, expert in enumerate(experts):
             label = name if expert.dim() == 3 else f"{name}[{number}]"
             if tuple(expert.shape[-2:]) != shape:
