@@ -19,14 +19,15 @@ void workspace_layout(Tensor shape, Tensor out) {
     megamoe::write_workspace_layout(longs(shape, 5, "shape"), longs(out, megamoe::kLayoutInts, "out"));
 }
 
-int64_t plan_scratch(int64_t slots, int64_t experts) { return megamoe::plan_scratch(slots, experts); }
+// out: int64 [8] on the CPU. slots = T * K.
+void plan_layout(int64_t ranks, int64_t experts, int64_t slots, Tensor out) {
+    megamoe::write_plan_layout(ranks, experts, slots, longs(out, megamoe::kPlanLayoutInts, "out"));
+}
 
-void plan(int64_t phase, Tensor handle, Tensor ids, int64_t row_tile, int64_t capacity, Tensor block_counts,
-          Tensor control, int64_t status, Tensor slot_of, Tensor ids_out, Tensor counts, Tensor expert_rows,
-          Tensor expert_offset, OptionalTensor source_of, int64_t stream) {
+void plan(int64_t phase, Tensor handle, Tensor ids, int64_t row_tile, int64_t capacity, Tensor tables,
+          OptionalTensor source_of, int64_t status, int64_t stream) {
     megamoe::PlanArgs args{};
     args.workspace = handle_of(handle);
-    const int64_t local = args.workspace.experts / args.workspace.ranks, slots = ids.numel();
     args.wide_ids = ids.scalar_type() == ScalarType::Long;
     STD_TORCH_CHECK(args.wide_ids || ids.scalar_type() == ScalarType::Int, "megamoe: ids must be int32 or int64");
     STD_TORCH_CHECK(ids.is_contiguous() && ids.dim() == 2 && ids.size(1) == args.workspace.top_k,
@@ -35,37 +36,24 @@ void plan(int64_t phase, Tensor handle, Tensor ids, int64_t row_tile, int64_t ca
     args.tokens = ids.size(0);
     args.row_tile = static_cast<int>(row_tile);
     args.capacity = capacity;
-    args.block_counts = ints(block_counts, 0, "block_counts");
-    args.block_counts_size = block_counts.numel();
-    args.control = ints(control, 8, "control");
-    args.status = status;
-    args.slot_of = longs(slot_of, slots, "slot_of");
-    args.ids_out = ints(ids_out, slots, "ids_out");
-    args.counts = ints(counts, args.workspace.ranks * args.workspace.experts, "counts");
-    args.expert_rows = ints(expert_rows, local, "expert_rows");
-    args.expert_offset = ints(expert_offset, local + 1, "expert_offset");
     // Without an overflow M <= capacity, and capacity is what source_of holds.
-    args.source_of = source_of ? longs(*source_of, capacity, "source_of") : nullptr;
+    args.plan = megamoe::plan_of(args.workspace, args.tokens, capacity, tables, source_of);
+    args.status = status;
     args.stream = reinterpret_cast<cudaStream_t>(stream);
     megamoe::run_plan(static_cast<megamoe::PlanPhase>(phase), args);
 }
 
-void rows(int64_t phase, Tensor handle, int64_t op, int64_t buffer, int64_t tokens, Tensor plan_control,
-          Tensor source_of, Tensor expert_offset, Tensor slot_of, Tensor ids, OptionalTensor pool,
-          OptionalTensor tokens_in, OptionalTensor tokens_out, OptionalTensor weights, OptionalTensor row_weights,
-          OptionalTensor dweights, Tensor control, int64_t num_sms, int64_t stream) {
+void rows(int64_t phase, Tensor handle, int64_t op, int64_t buffer, int64_t tokens, int64_t capacity, Tensor tables,
+          OptionalTensor source_of, OptionalTensor pool, OptionalTensor tokens_in, OptionalTensor tokens_out,
+          OptionalTensor weights, OptionalTensor row_weights, OptionalTensor dweights, Tensor control, int64_t num_sms,
+          int64_t stream) {
     megamoe::RowsArgs args{};
     args.workspace = handle_of(handle);
-    const int64_t local = args.workspace.experts / args.workspace.ranks, hidden = args.workspace.hidden;
-    const int64_t slots = tokens * args.workspace.top_k, capacity = source_of.numel();
+    const int64_t hidden = args.workspace.hidden, slots = tokens * args.workspace.top_k;
     args.op = static_cast<int>(op);
     args.buffer = static_cast<int>(buffer);
     args.tokens = tokens;
-    args.plan_control = ints(plan_control, 8, "plan_control");
-    args.source_of = longs(source_of, 0, "source_of");
-    args.num_rows = ints(expert_offset, local + 1, "expert_offset") + local;
-    args.slot_of = longs(slot_of, slots, "slot_of");
-    args.ids = ints(ids, slots, "ids");
+    args.plan = megamoe::plan_of(args.workspace, tokens, capacity, tables, source_of);
     args.pool = rows_of(pool, hidden, capacity, "pool");
     args.tokens_in = rows_of(tokens_in, hidden, tokens, "tokens_in");
     args.tokens_out = rows_of(tokens_out, hidden, tokens, "tokens_out");
@@ -104,29 +92,24 @@ void abort_peers(Tensor handle, int64_t stream) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
     m.def("workspace_layout(Tensor shape, Tensor(a!) out) -> ()");
-    m.def("plan_scratch(int slots, int experts) -> int");
+    m.def("plan_layout(int ranks, int experts, int slots, Tensor(a!) out) -> ()");
     m.def(
-        "plan(int phase, Tensor handle, Tensor ids, int row_tile, int capacity, Tensor(a!) block_counts,"
-        " Tensor(b!) control, int status, Tensor(c!) slot_of, Tensor(d!) ids_out, Tensor(e!) counts, Tensor(f!) "
-        "expert_rows,"
-        " Tensor(g!) expert_offset, Tensor(h!)? source_of, int stream) -> ()");
+        "plan(int phase, Tensor handle, Tensor ids, int row_tile, int capacity, Tensor(a!) tables,"
+        " Tensor(b!)? source_of, int status, int stream) -> ()");
     m.def(
-        "rows(int phase, Tensor handle, int op, int buffer, int tokens, Tensor plan_control, Tensor source_of,"
-        " Tensor expert_offset, Tensor slot_of, Tensor ids, Tensor(a!)? pool, Tensor? tokens_in,"
-        " Tensor(b!)? tokens_out, Tensor? weights, Tensor(c!)? row_weights, Tensor(d!)? dweights, Tensor(e!) control,"
-        " int num_sms, int stream) -> ()");
+        "rows(int phase, Tensor handle, int op, int buffer, int tokens, int capacity, Tensor tables, Tensor? source_of,"
+        " Tensor(a!)? pool, Tensor? tokens_in, Tensor(b!)? tokens_out, Tensor? weights, Tensor(c!)? row_weights,"
+        " Tensor(d!)? dweights, Tensor(e!) control, int num_sms, int stream) -> ()");
     m.def("routing(Tensor map, Tensor probs, Tensor(a!) ids, Tensor(b!) weights, int stream) -> ()");
     m.def("bulk_copy(int source, int target, int bytes, int num_sms, int stream) -> ()");
     m.def("abort_peers(Tensor handle, int stream) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) {
-    m.impl("plan_scratch", TORCH_BOX(&plan_scratch));
-    m.impl("bulk_copy", TORCH_BOX(&bulk_copy));
-}
+STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) { m.impl("bulk_copy", TORCH_BOX(&bulk_copy)); }
 
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) {
     m.impl("workspace_layout", TORCH_BOX(&workspace_layout));
+    m.impl("plan_layout", TORCH_BOX(&plan_layout));
     m.impl("abort_peers", TORCH_BOX(&abort_peers));
 }
 

@@ -49,7 +49,7 @@ def agree(
 
 def wants(tensors: tuple[Tensor, ...]) -> bool:
     """Whether autograd will ask for the gradient of any of them."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and (tensors[0].requires_grad or any(tensor.requires_grad for tensor in tensors))
 
 
 def _bits(clamp: float | None) -> int:

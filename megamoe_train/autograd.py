@@ -6,7 +6,7 @@ dispatched x, never a, never fc2's output. Every rank of the group must call bac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backends import Backend, Plan
-from .experts import per_expert
+from .experts import StackedExperts, per_expert
 from .plan import RoutingPlan
 
 
@@ -41,7 +41,7 @@ class ReturnGrads:
         return None if grad is None else grad.to(weight.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """Everything of one call that is no differentiable input."""
 
@@ -79,20 +79,20 @@ class MoE(torch.autograd.Function):
             )
         ctx.spent = True
         x, weights, h, *experts = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
+        _, wants_x, wants_weights, *wanted = ctx.needs_input_grad
         n = call.num_fc1
-        first, second = (
-            _buffers(call.sink, ctx.experts[:n], wanted[:n]),
-            _buffers(call.sink, ctx.experts[n:], wanted[n:]),
-        )
+        first, overwrite1 = _buffers(call.sink, ctx.experts[:n], wanted[:n])
+        second, overwrite2 = _buffers(call.sink, ctx.experts[n:], wanted[n:])
         grads = call.backend.backward(
             dy, x, h, call.plan, weights, per_expert(experts[:n]), per_expert(experts[n:]),
             clamp=call.clamp, group=call.group, need=call.need,
             dfc1=_targets(ctx.experts[:n], first), dfc2=_targets(ctx.experts[n:], second),
-            overwrite=(_nothing_yet(first), _nothing_yet(second)),
+            overwrite=(overwrite1, overwrite2),
         )  # fmt: skip
-        dx = grads.dx if ctx.needs_input_grad[1] else None
-        dweights = grads.dweights.to(weights.dtype) if ctx.needs_input_grad[2] else None
+        dx = grads.dx if wants_x else None
+        dweights = grads.dweights if wants_weights else None
+        if dweights is not None and dweights.dtype != weights.dtype:
+            dweights = dweights.to(weights.dtype)
         return None, dx, dweights, *[None if b is None else b.finish() for b in first + second]
 
 
@@ -117,27 +117,28 @@ class _Buffer:
         return self.sink.finish(self.weight, self.fresh)
 
 
-def _buffers(sink: WeightGradSink, weights: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> list[_Buffer | None]:
-    """Buffers of fc1 or of fc2; None where no gradient is wanted. Fresh ones are zero unless all can be written."""
+def _buffers(
+    sink: WeightGradSink, weights: tuple[Tensor, ...], wanted: list[bool]
+) -> tuple[list[_Buffer | None], bool]:
+    """Buffers of fc1 or of fc2, None where no gradient is wanted; and whether none of them is the sink's.
+
+    Then backward writes instead of adding. Else fresh ones are zero.
+    """
     buffers = [_Buffer(sink, weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
-    fill = torch.empty_like if _nothing_yet(buffers) else torch.zeros_like
+    nothing_yet = all(buffer is None or buffer.given is None for buffer in buffers)
+    fill = torch.empty_like if nothing_yet else torch.zeros_like
     for buffer in buffers:
         if buffer is not None:
             buffer.make(fill)
-    return buffers
+    return buffers, nothing_yet
 
 
-def _nothing_yet(buffers: list[_Buffer | None]) -> bool:
-    """True where no sink's buffer is among them: backward writes instead of adding."""
-    return all(buffer is None or buffer.given is None for buffer in buffers)
-
-
-def _targets(weights: tuple[Tensor, ...], buffers: list[_Buffer | None]) -> list[Tensor | None]:
+def _targets(weights: tuple[Tensor, ...], buffers: list[_Buffer | None]) -> Sequence[Tensor | None]:
     """One buffer (or None) per local expert, for weights given as one stack or one tensor an expert."""
     if weights[0].dim() == 2:
         return [None if buffer is None else buffer.tensor for buffer in buffers]
     (buffer,) = buffers
-    return [None] * weights[0].shape[0] if buffer is None else list(buffer.tensor.unbind(0))
+    return [None] * weights[0].shape[0] if buffer is None else StackedExperts(buffer.tensor)
 
 
 class _Move(torch.autograd.Function):

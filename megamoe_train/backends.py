@@ -119,6 +119,9 @@ class Choice:
     why: str
 
 
+_FUSED = Choice("fused", "the CUDA extension is loaded and serves CUDA tensors")
+
+
 def register(backend: Backend) -> None:
     """Makes a backend available under its name; the CUDA extension's loader calls it with the fused one."""
     check_choice("backend name", backend.name, BACKENDS[1:])
@@ -141,7 +144,7 @@ def choose(backend: str, device_type: str) -> Choice:
             None, f'backend="fused" runs on CUDA tensors, not on {device_type}; use backend="reference" there'
         )
     if "fused" in _BACKENDS or _load_fused():
-        return Choice("fused", "the CUDA extension is loaded and serves CUDA tensors")
+        return _FUSED
     advice = '`python -m megamoe_train.doctor` shows more; backend="reference" (plain torch, slow) runs if asked for'
     return Choice(None, f'backend="{backend}" on CUDA tensors: {extension.fused_missing()}; {advice}')
 

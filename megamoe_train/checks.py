@@ -29,50 +29,50 @@ def num_experts_of(experts: tuple[Tensor, ...]) -> int:
 
 
 def check_call(x: Tensor, topk_ids: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...]) -> None:
-    """Shapes, dtypes and devices of one call. Raises ValueError."""
-    if x.dim() != 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}; allowed: [T, H]")
-    if x.dtype not in FLOATS:
-        raise ValueError(f"x: got dtype {x.dtype}; allowed: {_names(FLOATS)}")
-    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
-        raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}; allowed: [T, K] with T = {x.shape[0]} as in x")
-    if weights.shape != topk_ids.shape:
-        allowed = f"that of topk_ids, {tuple(topk_ids.shape)}"
-        raise ValueError(f"topk_weights: got shape {tuple(weights.shape)}; allowed: {allowed}")
-    allowed_dtypes = (x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    """Shapes, dtypes and devices of one call. Raises ValueError.
+
+    What is asked of a tensor twice is asked once and kept: an attribute makes a new object, of every expert's weight
+    in every forward.
+    """
+    shape, dtype, device, slots = x.shape, x.dtype, x.device, topk_ids.shape
+    if len(shape) != 2:
+        raise ValueError(f"x: got shape {tuple(shape)}; allowed: [T, H]")
+    if dtype not in FLOATS:
+        raise ValueError(f"x: got dtype {dtype}; allowed: {_names(FLOATS)}")
+    if len(slots) != 2 or slots[0] != shape[0]:
+        raise ValueError(f"topk_ids: got shape {tuple(slots)}; allowed: [T, K] with T = {shape[0]} as in x")
+    if weights.shape != slots:
+        raise ValueError(f"topk_weights: got shape {tuple(weights.shape)}; allowed: that of topk_ids, {tuple(slots)}")
+    allowed_dtypes = (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
     if weights.dtype not in allowed_dtypes:
-        raise ValueError(f"topk_weights: got dtype {weights.dtype}; allowed: {_names(allowed_dtypes)} (x is {x.dtype})")
-    _check_experts(x, fc1, fc2)
+        raise ValueError(f"topk_weights: got dtype {weights.dtype}; allowed: {_names(allowed_dtypes)} (x is {dtype})")
+    _check_experts(shape[1], dtype, device, fc1, fc2)
     for name, tensor in (("topk_ids", topk_ids), ("topk_weights", weights)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}; allowed: {x.device}, where x is")
+        if tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}; allowed: {device}, where x is")
 
 
-def _check_experts(x: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...]) -> None:
-    hidden = x.shape[1]
-    rows = fc1[0].shape[-2]
-    if num_experts_of(fc1) != num_experts_of(fc2):
-        raise ValueError(f"fc2: got {num_experts_of(fc2)} experts; allowed: {num_experts_of(fc1)}, as many as fc1")
+def _check_experts(
+    hidden: int, dtype: torch.dtype, device: torch.device, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...]
+) -> None:
+    *_, rows, _ = fc1[0].shape
+    if (got := num_experts_of(fc2)) != (wanted := num_experts_of(fc1)):
+        raise ValueError(f"fc2: got {got} experts; allowed: {wanted}, as many as fc1")
     if rows % 2 or rows == 0:
         raise ValueError(f"fc1: got {rows} rows an expert; allowed: 2I, gate rows first, then up")
     for name, experts, shape in (("fc1", fc1, (rows, hidden)), ("fc2", fc2, (hidden, rows // 2))):
-        if _all_alike(experts, shape, x):
-            continue
+        size = (*experts[0].shape[:-2], *shape)
+        if all([e.shape == size and e.dtype is dtype and e.device == device for e in experts]):
+            continue  # every forward asks this of every expert
         for number, expert in enumerate(experts):
             label = name if expert.dim() == 3 else f"{name}[{number}]"
             if tuple(expert.shape[-2:]) != shape:
                 allowed = f"{list(shape)} an expert (H = {hidden} as in x, 2I = {rows} as in fc1)"
                 raise ValueError(f"{label}: got shape {tuple(expert.shape)}; allowed: {allowed}")
-            if expert.dtype != x.dtype:
-                raise ValueError(f"{label}: got dtype {expert.dtype}; allowed: {x.dtype}, that of x")
-            if expert.device != x.device:
-                raise ValueError(f"{label}: got device {expert.device}; allowed: {x.device}, where x is")
-
-
-def _all_alike(experts: tuple[Tensor, ...], shape: tuple[int, int], x: Tensor) -> bool:
-    """Whether nothing is wrong with any. Every forward asks this of every expert, so it takes what costs least."""
-    size, dtype, device = torch.Size((*experts[0].shape[:-2], *shape)), x.dtype, x.device
-    return all(expert.shape == size and expert.dtype is dtype and expert.device == device for expert in experts)
+            if expert.dtype != dtype:
+                raise ValueError(f"{label}: got dtype {expert.dtype}; allowed: {dtype}, that of x")
+            if expert.device != device:
+                raise ValueError(f"{label}: got device {expert.device}; allowed: {device}, where x is")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -26,17 +26,13 @@ class StackedExperts(Sequence):
         self[0:0]
         return iter(self._views)
 
-    def addresses(self) -> range | list[int]:
-        """Where each matrix begins."""
-        first, step = self.stack.data_ptr(), self.stack.stride(0) * self.stack.element_size()
-        return [first + step * i for i in range(len(self))]
 
-
-def place_of(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    """Address and shape of the first matrix."""
-    if isinstance(weights, StackedExperts):
-        return weights.stack.data_ptr(), *weights.stack.shape[1:]
-    return weights[0].data_ptr(), *weights[0].shape
+def places_of(matrices: Sequence[Tensor]) -> tuple[int, ...]:
+    """Equal where as many matrices of one shape lie at the same addresses. Asked in every call: views cost more."""
+    if isinstance(matrices, StackedExperts):
+        stack = matrices.stack
+        return stack.data_ptr(), stack.stride(0), *stack.shape
+    return *matrices[0].shape, *[matrix.data_ptr() for matrix in matrices]
 
 
 def per_expert(tensors: tuple[Tensor, ...] | list[Tensor]) -> Sequence[Tensor]:

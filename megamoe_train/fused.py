@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -18,14 +18,14 @@ from torch import Tensor
 from . import ops, ops_fused, reference
 from .agreement import wants
 from .config import HIDDEN_MULTIPLE, INTERMEDIATE_MULTIPLE, MAX_TOP_K
-from .experts import place_of
+from .experts import StackedExperts, places_of
 from .fused_plan import FusedPlan, workspace_for
 from .launch_order import in_order
-from .ops_plan import DevicePlan
 from .plan import RoutingPlan
 from .workspace import Workspace
 
 ALIGNMENT = 16  # bytes, of every row that a bulk copy moves and every matrix that a tensor map describes
+NO_GRADIENT = reference.Need(False, False, False, False)
 CACHED_LAYERS = 1024
 CACHED_GRADIENTS = 512
 Entry = TypeVar("Entry")
@@ -33,29 +33,27 @@ Group = dist.ProcessGroup | None
 
 
 class _Recent:
-    """The most recently used tables of device memory, each made once and kept while it is good."""
+    """The most recently used tables of device memory, each made once for a key that says all that is in it."""
 
     def __init__(self, most: int):
         self.most, self.entries = most, OrderedDict()
         self.captured: list = []  # a graph reads its tables at every replay: these are never freed
 
-    def get(self, key: Hashable, good: Callable[[Entry], bool], make: Callable[[], Entry]) -> Entry:
-        capturing = torch.cuda.is_current_stream_capturing()
-        entry, stream = self.entries.get(key, (None, None))
-        if entry is None or not good(entry):
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Entry]) -> Entry:
+        capturing, stream = torch.cuda.is_current_stream_capturing(), ops.raw_stream(device)
+        entry, home = self.entries.get(key, (None, None))
+        if entry is None:
             if capturing:
                 raise RuntimeError(
                     "tensor maps of weights or gradients would have to be made while a CUDA graph is captured: call "
                     "once before capturing, with the same weights, and with a wgrad_sink whose buffers stay"
                 )
-            entry, stream = make(), torch.cuda.current_stream()
+            entry = make()
             self.entries[key] = entry, stream
         elif capturing:
             self.captured.append(entry)
-        elif stream != torch.cuda.current_stream():  # its memory may be given out again only after this use
-            for value in vars(entry).values():
-                if isinstance(value, Tensor):
-                    value.record_stream(torch.cuda.current_stream())
+        elif home != stream:  # its memory may be given out again only after this use
+            entry.table.record_stream(torch.cuda.current_stream(device))
         self.entries.move_to_end(key)
         if len(self.entries) > self.most:
             self.entries.popitem(last=False)
@@ -100,7 +98,7 @@ class FusedBackend:
             raise ValueError(f"clamp: got {clamp}; allowed: None or a number that bf16 holds exactly, as h is bf16")
         for name, experts in (("fc1", fc1), ("fc2", fc2)):
             for number, expert in enumerate(experts):
-                if not expert.is_contiguous() or expert.data_ptr() % ALIGNMENT:
+                if not _is_plain(expert):
                     where = name if expert.dim() == 3 else f"{name}[{number}]"
                     got = f"strides {tuple(expert.stride())} at address {expert.data_ptr():#x}"
                     raise ValueError(f"{where}: got {got}; allowed: contiguous, {ALIGNMENT}-byte aligned")
@@ -125,21 +123,19 @@ class FusedBackend:
 
     def need(self, x: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...], **_) -> reference.Need:
         """What this rank wants; the others may want something else."""
-        return reference.Need(*(wants(tensors) for tensors in ((x,), (weights,), fc1, fc2)))
+        if not torch.is_grad_enabled():
+            return NO_GRADIENT
+        return reference.Need(x.requires_grad, weights.requires_grad, wants(fc1), wants(fc2))
 
     def forward(
         self, x: Tensor, plan: FusedPlan, weights: Tensor, fc1: list[Tensor], fc2: list[Tensor],
         *, clamp: float | None, group: Group,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """y `[T,H]`, h `[capacity,2I]`, of which the plan's M rows are written."""
-        maps, x, p = self._maps_of(fc1, fc2), _rows(x), _fp32(weights)
-
-        def launch(device_plan: DevicePlan) -> tuple[Tensor, Tensor]:
-            with plan.workspace.launching():
-                return ops_fused.forward(device_plan, x, p, maps, clamp=clamp)
+        maps, x, p = self._maps_of(fc1, fc2, x.device), _rows(x), _fp32(weights)
 
         with plan.workspace.guard.watch(), in_order(x.device):
-            return plan.run(launch)
+            return plan.run(lambda device_plan: ops_fused.forward(device_plan, x, p, maps, clamp=clamp))
 
     def backward(
         self, dy: Tensor, x: Tensor, h: Tensor | None, plan: FusedPlan, weights: Tensor,
@@ -147,14 +143,15 @@ class FusedBackend:
         dfc1: list[Tensor | None] | None, dfc2: list[Tensor | None] | None, overwrite: tuple[bool, bool],
     ) -> reference.Grads:  # fmt: skip
         """Gradients into dfc1, dfc2 where any is wanted; `overwrite`: they hold nothing yet."""
-        maps, x, dy, p = self._maps_of(fc1, fc2), _rows(x), _rows(dy.to(x.dtype)), _fp32(weights)
+        maps = self._maps_of(fc1, fc2, x.device)
+        x, dy, p = _rows(x), _rows(dy if dy.dtype == x.dtype else dy.to(x.dtype)), _fp32(weights)
         device_plan = plan.device_plan
         # Ranks cannot know whether another one has frozen fc1. Where there are several, each stages x and pulls it, and
         # one that wants no dfc1 has it computed into a spare matrix.
         first = _Targets(dfc1 if need.fc1 else None, fc1, overwrite[0], always=plan.ep_size > 1)
         second = _Targets(dfc2 if need.fc2 else None, fc2, overwrite[1])
-        tables = self._table_of(first), self._table_of(second)
-        with in_order(x.device), plan.workspace.launching():
+        tables = self._table_of(first, x.device), self._table_of(second, x.device)
+        with in_order(x.device):
             if h is None:
                 h = ops_fused.fc1_again(device_plan, x, p, maps)
             dx, dweights = ops_fused.backward(
@@ -170,29 +167,33 @@ class FusedBackend:
             dfc2=dfc2 if need.fc2 else None,
         )
 
-    def _maps_of(self, fc1: list[Tensor], fc2: list[Tensor]) -> ops_fused.WeightMaps:
-        """A layer's tensor maps, made again where any of its weights has moved."""
-        key = (place_of(fc1), place_of(fc2), len(fc1))
-        return self._maps.get(key, lambda maps: maps.matches(fc1, fc2), lambda: ops_fused.WeightMaps.of(fc1, fc2))
+    def _maps_of(self, fc1: Sequence[Tensor], fc2: Sequence[Tensor], device: torch.device) -> ops_fused.WeightMaps:
+        """A layer's tensor maps, others where any of its weights has moved."""
+        key = places_of(fc1), places_of(fc2)
+        return self._maps.get(key, device, lambda: ops_fused.WeightMaps.of(fc1, fc2))
 
-    def _table_of(self, targets: _Targets) -> ops.GradientTable | None:
-        if targets.buffers is None:
+    def _table_of(self, targets: _Targets, device: torch.device) -> ops.GradientTable | None:
+        buffers = targets.buffers
+        if buffers is None:
             return None
-        some = targets.buffers[0]
-        key = (some.shape, *(buffer.data_ptr() for buffer in targets.buffers))
-        return self._tables.get(key, lambda table: True, lambda: ops.GradientTable.of(targets.buffers))
+        return self._tables.get(places_of(buffers), device, lambda: ops.GradientTable.of(buffers))
 
 
 class _Targets:
     """The buffers of one weight kind that the kernel writes: those given, or stand-ins where it cannot write them."""
 
     def __init__(
-        self, given: list[Tensor | None] | None, weights: list[Tensor], overwrite: bool, *, always: bool = False
+        self, given: Sequence[Tensor | None] | None, weights: Sequence[Tensor], overwrite: bool, *,
+        always: bool = False,
     ):  # fmt: skip
-        nothing = given is None or all(buffer is None for buffer in given)
+        whole = isinstance(given, StackedExperts) and _is_plain(given.stack)
+        nothing = not whole and (given is None or all(buffer is None for buffer in given))
         self.accumulate = not overwrite and not nothing
         self.stand_ins: list[tuple[Tensor, Tensor]] = []  # (given, what was written in its place)
-        self.buffers: list[Tensor] | None = None
+        self.buffers: Sequence[Tensor] | None = None
+        if whole:
+            self.buffers = given
+            return
         if nothing and not always:
             return
         given = [None] * len(weights) if nothing else given
@@ -202,7 +203,7 @@ class _Targets:
             if buffer is None:
                 spare = _fp32_like(torch.empty, weight) if spare is None else spare
                 self.buffers.append(spare)
-            elif buffer.is_contiguous() and buffer.data_ptr() % ALIGNMENT == 0:
+            elif _is_plain(buffer):
                 self.buffers.append(buffer)
             else:
                 # TMA writes neither strided nor unaligned matrices: a fresh one takes the gradient of this call and
@@ -214,6 +215,11 @@ class _Targets:
     def deliver(self) -> None:
         for given, stand_in in self.stand_ins:
             given.add_(stand_in) if self.accumulate else given.copy_(stand_in)
+
+
+def _is_plain(matrix: Tensor) -> bool:
+    """What a tensor map can describe."""
+    return matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0
 
 
 def _fp32_like(fill: Callable[..., Tensor], weight: Tensor) -> Tensor:

@@ -166,31 +166,35 @@ def workspace_for(
                 f"megamoe_train.Workspace.create(megamoe_train.WorkspaceShape(ranks={ranks}, experts={num_experts}, "
                 f"top_k={top_k}, hidden={hidden_size}, tokens=MOST_PER_RANK), group=group)"
             )
-        return _shared_workspace(Shape(1, num_experts, top_k, hidden_size, tokens), topk_ids.device)
+        return _shared_workspace(topk_ids.device, num_experts, top_k, hidden_size, tokens)
     if not isinstance(given, Workspace):
         raise ValueError(f"workspace: got {type(given).__name__}; allowed: None or a megamoe_train.Workspace")
     if given.closed:
         raise ValueError("workspace: got one that is closed; allowed: an open one")
-    wanted = {"ranks": ranks, "experts": num_experts, "top_k": top_k, "hidden": hidden_size}
-    for name, value in wanted.items():
-        if getattr(given.shape, name) != value:
-            raise ValueError(f"workspace: got {name} = {getattr(given.shape, name)}; allowed: {value}, as in this call")
-    if tokens > given.shape.tokens:
-        raise ValueError(f"x: got {tokens} tokens; allowed: at most {given.shape.tokens}, the tokens of the workspace")
+    shape = given.shape
+    for name, got, value in (
+        ("ranks", shape.ranks, ranks),
+        ("experts", shape.experts, num_experts),
+        ("top_k", shape.top_k, top_k),
+        ("hidden", shape.hidden, hidden_size),
+    ):
+        if got != value:
+            raise ValueError(f"workspace: got {name} = {got}; allowed: {value}, as in this call")
+    if tokens > shape.tokens:
+        raise ValueError(f"x: got {tokens} tokens; allowed: at most {shape.tokens}, the tokens of the workspace")
     if given.memory.device != topk_ids.device:
         raise ValueError(f"workspace: got device {given.memory.device}; allowed: {topk_ids.device}, where x is")
     return given
 
 
-def _shared_workspace(shape: Shape, device: torch.device) -> Workspace:
+def _shared_workspace(device: torch.device, experts: int, top_k: int, hidden: int, tokens: int) -> Workspace:
     """One per device, E, K and H. Where it is too small a larger one follows; plans in flight keep theirs."""
-    key = (device, shape.experts, shape.top_k, shape.hidden)
+    key = (device, experts, top_k, hidden)
     found = _shared.get(key)
-    if found is None or found.shape.tokens < shape.tokens:
+    if found is None or found.shape.tokens < tokens:
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("workspace: got None while a CUDA graph is captured; allowed: one made before")
-        tokens = ops_plan.round_capacity(shape.tokens)
-        found = Workspace.create(Shape(1, shape.experts, shape.top_k, shape.hidden, tokens), device=device)
+        found = Workspace.create(Shape(1, experts, top_k, hidden, ops_plan.round_capacity(tokens)), device=device)
         _shared[key] = found
     return found
 

@@ -5,28 +5,31 @@ Two of one rank at once would take each other's signals, and SMs from each other
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 _last: dict[int, tuple[int, torch.cuda.Stream | None]] = {}  # device -> raw stream of the last launch, and itself
 
 
-@contextlib.contextmanager
-def in_order(device: torch.device) -> Iterator[None]:
+class in_order:
     """Around launches on the current stream of a CUDA device: they run after those of the block before.
 
     A captured graph is not chained: whoever replays it orders it against the calls around it.
     """
-    if torch.cuda.is_current_stream_capturing():
-        yield
-        return
-    index = torch.cuda.current_device() if device.index is None else device.index
-    raw = torch._C._cuda_getCurrentRawStream(index)
-    last, stream = _last.get(index, (raw, None))
-    if last != raw:
-        torch.cuda.current_stream(device).wait_stream(stream)
-    if last != raw or stream is None:
-        _last[index] = raw, torch.cuda.current_stream(device)  # also where the block fails: what it launched counts
-    yield
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        device = self.device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        raw = torch._C._cuda_getCurrentRawStream(index)
+        last, stream = _last.get(index, (raw, None))
+        if last != raw:
+            torch.cuda.current_stream(device).wait_stream(stream)
+        if last != raw or stream is None:
+            _last[index] = raw, torch.cuda.current_stream(device)  # also where the block fails: what it launched counts
+
+    def __exit__(self, *_) -> None:
+        pass

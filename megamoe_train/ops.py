@@ -17,6 +17,7 @@ from torch import Tensor
 from . import extension
 
 ROW_TILE = 128
+MAP_BYTES, ADDRESS_BYTES = 128, 8  # of a tensor map; of what it describes
 DEFAULT_DEADLINE_S = 600.0
 
 
@@ -53,6 +54,13 @@ def load() -> None:
     torch.ops.load_library(str(files[0]))
 
 
+def ask(operator, *numbers: int, answers: int) -> list[int]:
+    """What an operator that computes on the host writes into its last argument."""
+    out = torch.empty(answers, dtype=torch.int64, device="cpu")
+    operator(*numbers, out)
+    return out.tolist()
+
+
 def expert_maps(matrices: Sequence[Tensor], kind: MapKind) -> Tensor:
     """Tensor maps of one matrix per expert, wherever each lies.
 
@@ -60,25 +68,47 @@ def expert_maps(matrices: Sequence[Tensor], kind: MapKind) -> Tensor:
     MapKind.GRADIENT.
     Returns uint8 [L, 128] on that device. Valid as long as the matrices stay where they are.
     """
+    table = torch.empty(len(matrices), MAP_BYTES, dtype=torch.uint8, pin_memory=True)
+    encode_maps(matrices, kind, table)
+    return table.to(matrices[0].device)
+
+
+def encode_maps(matrices: Sequence[Tensor], kind: MapKind, out: Tensor) -> None:
+    """The same into `out`, uint8 [L, 128] on the CPU."""
     load()
     check_matrices(matrices, torch.float32 if kind == MapKind.GRADIENT else torch.bfloat16)
     rows, cols = matrices[0].shape
-    table = torch.empty(len(matrices), 128, dtype=torch.uint8, pin_memory=True)
-    torch.ops.megamoe.encode_maps(addresses(matrices), rows, cols, int(kind), table)
-    return table.to(matrices[0].device)
+    torch.ops.megamoe.encode_maps(addresses(matrices), rows, cols, int(kind), out)
 
 
 @dataclass(frozen=True)
 class GradientTable:
     """Where the fp32 gradients of a layer lie. Valid as long as they stay there."""
 
-    maps: Tensor  # uint8 [L, 128] on the device
-    addresses: Tensor  # int64 [L] on the device
+    table: Tensor  # uint8 [L * 136] on the device: L tensor maps, then L addresses
 
     @classmethod
     def of(cls, gradients: Sequence[Tensor]) -> GradientTable:
         """gradients: L fp32 tensors [out, in] on one CUDA device, wherever each lies; contiguous, 16-byte aligned."""
-        return cls(expert_maps(gradients, MapKind.GRADIENT), addresses(gradients).to(gradients[0].device))
+        end = len(gradients) * MAP_BYTES
+        table = torch.empty(end + len(gradients) * ADDRESS_BYTES, dtype=torch.uint8, pin_memory=True)
+        encode_maps(gradients, MapKind.GRADIENT, table[:end].view(-1, MAP_BYTES))
+        table[end:].view(torch.int64).copy_(addresses(gradients))
+        return cls(table.to(gradients[0].device))
+
+    @property
+    def experts(self) -> int:
+        return len(self.table) // (MAP_BYTES + ADDRESS_BYTES)
+
+    @property
+    def maps(self) -> Tensor:
+        """uint8 [L, 128]"""
+        return self.table[: self.experts * MAP_BYTES].view(-1, MAP_BYTES)
+
+    @property
+    def addresses(self) -> Tensor:
+        """int64 [L]"""
+        return self.table[self.experts * MAP_BYTES :].view(torch.int64)
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:

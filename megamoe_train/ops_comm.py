@@ -39,10 +39,9 @@ class Transfer:
     def _step(self, phase: int) -> None:
         plan, get = self.plan, self.tensors.get
         torch.ops.megamoe.rows(
-            phase, plan.workspace.handle, int(self.op), self.buffer, plan.tokens, plan.control, plan.source_of,
-            plan.expert_offset, plan.slot_of, plan.topk_ids, get("pool"), get("tokens_in"), get("tokens_out"),
-            get("weights"), get("row_weights"), get("dweights"), self.control, self.num_sms,
-            ops_plan.stream_of(plan.workspace),
+            phase, plan.workspace.handle, int(self.op), self.buffer, plan.tokens, *plan.arguments, get("pool"),
+            get("tokens_in"), get("tokens_out"), get("weights"), get("row_weights"), get("dweights"), self.control,
+            self.num_sms, ops_plan.stream_of(plan.workspace),
         )  # fmt: skip
 
     @property

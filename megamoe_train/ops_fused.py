@@ -7,14 +7,15 @@ per token, L local experts, H hidden size, I expert intermediate size; `capacity
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .experts import StackedExperts
 from .ops_comm import dispatch
 from .ops_plan import DevicePlan
 
@@ -27,38 +28,55 @@ class WeightMaps:
     """Tensor maps of one layer's weights, wherever each expert lies. Valid while the weights stay where they are."""
 
     inter: int  # I
-    pointers: tuple[int, ...]  # of fc1, then of fc2
-    fc1: Tensor  # uint8 [L, 128] on the device, and so on
-    fc2: Tensor
-    fc1_mn: Tensor  # for dgrad1
-    fc2_mn: Tensor  # for dgrad2
+    table: Tensor  # uint8 [4, L, 128] on the device, in the order of the properties
 
     @classmethod
     def of(cls, fc1: Sequence[Tensor], fc2: Sequence[Tensor]) -> WeightMaps:
         """fc1: L bf16 CUDA tensors [2I, H]; fc2: L of [H, I]. Raises ValueError naming an expert that will not do."""
-        kinds = ops.MapKind
-        return cls(
-            fc2[0].shape[1],
-            _pointers(fc1, fc2),
-            ops.expert_maps(fc1, kinds.WEIGHT),
-            ops.expert_maps(fc2, kinds.WEIGHT),
-            ops.expert_maps(fc1, kinds.WEIGHT_MN),
-            ops.expert_maps(fc2, kinds.WEIGHT_MN),
-        )
+        table = torch.empty(4, len(fc1), ops.MAP_BYTES, dtype=torch.uint8, pin_memory=True)
+        for number, kind in enumerate((ops.MapKind.WEIGHT, ops.MapKind.WEIGHT_MN)):
+            ops.encode_maps(fc1, kind, table[2 * number])
+            ops.encode_maps(fc2, kind, table[2 * number + 1])
+        return cls(fc2[0].shape[1], table.to(fc1[0].device))
 
-    def matches(self, fc1: Sequence[Tensor], fc2: Sequence[Tensor]) -> bool:
-        """Whether these weights still lie where the maps say."""
-        return self.pointers == _pointers(fc1, fc2)
+    @property
+    def fc1(self) -> Tensor:
+        """uint8 [L, 128], and so on."""
+        return self.table[0]
+
+    @property
+    def fc2(self) -> Tensor:
+        return self.table[1]
+
+    @property
+    def fc1_mn(self) -> Tensor:
+        """For dgrad1."""
+        return self.table[2]
+
+    @property
+    def fc2_mn(self) -> Tensor:
+        """For dgrad2."""
+        return self.table[3]
 
 
-def _pointers(fc1: Sequence[Tensor], fc2: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(address for weights in (fc1, fc2) for address in _addresses(weights))
+class Scratch(NamedTuple):
+    """First byte of each part of the two scratch allocations, and their bytes: csrc/layout/scratch.cuh."""
+
+    pool: int
+    act: int
+    row_weights: int
+    counters: int
+    bytes: int
+    dh: int
+    dp_partials: int
+    second_pool: int  # a backward without the gradient of fc1 ends before it
+    more_bytes: int
 
 
-def _addresses(weights: Sequence[Tensor]) -> Iterable[int]:
-    if isinstance(weights, StackedExperts):  # by arithmetic: views cost microseconds each, in every call
-        return weights.addresses()
-    return (weight.data_ptr() for weight in weights)
+@lru_cache(1024)
+def scratch_layout(capacity: int, tokens: int, hidden: int, inter: int) -> Scratch:
+    answers = len(Scratch._fields)
+    return Scratch(*ops.ask(torch.ops.megamoe.scratch_layout, capacity, tokens, hidden, inter, answers=answers))
 
 
 def _limit(clamp: float | None) -> float:
@@ -66,30 +84,38 @@ def _limit(clamp: float | None) -> float:
 
 
 class _Call:
-    """What the two passes share: the plan's tensors and the launch."""
+    """What the two passes share: the plan, the scratch of both and the launch."""
 
-    def __init__(self, plan: DevicePlan, num_sms: int):
+    def __init__(self, plan: DevicePlan, x_TH: Tensor, weights_TK: Tensor, maps: WeightMaps, clamp, num_sms: int):
         if plan.row_tile != ops.ROW_TILE:
             raise ValueError(
                 f"plan: got row_tile {plan.row_tile}; allowed: {ops.ROW_TILE}, experts padded to row tiles"
             )
-        self.plan, self.num_sms = plan, num_sms
-        self.device = plan.source_of.device
-        size = torch.ops.megamoe.fused_counters(plan.capacity, plan.tokens)
-        self.counters = self.rows(size, dtype=torch.int32)
+        self.plan, self.maps, self.limit, self.num_sms = plan, maps, _limit(clamp), num_sms
+        self.x, self.weights, self.device = x_TH.contiguous(), weights_TK.contiguous(), x_TH.device
+        self.hidden = x_TH.shape[1]
+        self.layout = scratch_layout(plan.capacity, plan.tokens, self.hidden, maps.inter)
+        self.scratch = self._new(self.layout.bytes, dtype=torch.uint8)
 
-    def rows(self, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=self.device)
+    def _new(self, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=self.device)  # a tuple takes twice as long to be read
 
-    def routing(self) -> tuple[Tensor, ...]:
-        plan = self.plan
-        return (
-            plan.workspace.handle, plan.control, plan.source_of, plan.slot_of, plan.topk_ids, plan.expert_rows,
-            plan.expert_offset,
-        )  # fmt: skip
+    def _part(self, scratch: Tensor, begin: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """[capacity, columns] of a scratch allocation: for those who look into it. The operators take it whole."""
+        rows = self.plan.capacity
+        return scratch[begin:].view(dtype)[: rows * columns].view(rows, columns)
 
-    def launch_arguments(self) -> tuple[Tensor, int, int]:
-        return self.counters, self.num_sms, ops.raw_stream(self.device)
+    @property
+    def pool(self) -> Tensor:
+        return self._part(self.scratch, self.layout.pool, self.hidden)
+
+    @property
+    def act(self) -> Tensor:
+        return self._part(self.scratch, self.layout.act, self.maps.inter)
+
+    @property
+    def row_weights(self) -> Tensor:
+        return self._part(self.scratch, self.layout.row_weights, 1, torch.float32).flatten()
 
     def step(self, step: int) -> None:
         raise NotImplementedError
@@ -110,19 +136,14 @@ class ForwardCall(_Call):
         self, plan: DevicePlan, x_TH: Tensor, weights_TK: Tensor, maps: WeightMaps, *, clamp: float | None = None,
         num_sms: int = 0,
     ):  # fmt: skip
-        super().__init__(plan, num_sms)
-        hidden, capacity = x_TH.shape[1], plan.capacity
-        self.x, self.weights, self.maps, self.limit = x_TH.contiguous(), weights_TK.contiguous(), maps, _limit(clamp)
-        self.y = self.rows(plan.tokens, hidden)
-        self.h = self.rows(capacity, 2 * maps.inter)
-        self.pool = self.rows(capacity, hidden)
-        self.act = self.rows(capacity, maps.inter)
-        self.row_weights = self.rows(capacity, dtype=torch.float32)
+        super().__init__(plan, x_TH, weights_TK, maps, clamp, num_sms)
+        self.y = self._new(plan.tokens, self.hidden)
+        self.h = self._new(plan.capacity, 2 * maps.inter)
 
     def step(self, step: int) -> None:
         torch.ops.megamoe.fused_forward(
-            step, *self.routing(), self.x, self.weights, self.maps.fc1, self.maps.fc2, self.pool, self.h, self.act,
-            self.row_weights, self.y, self.limit, *self.launch_arguments(),
+            step, self.plan.workspace.handle, *self.plan.arguments, self.x, self.weights, self.maps.table, self.h,
+            self.y, self.scratch, self.limit, self.num_sms, ops.raw_stream(self.device),
         )  # fmt: skip
 
 
@@ -137,36 +158,34 @@ class BackwardCall(_Call):
         dfc1: ops.GradientTable | None, dfc2: ops.GradientTable | None, *, clamp: float | None = None,
         accumulate1: bool = True, accumulate2: bool = True, num_sms: int = 0,
     ):  # fmt: skip
-        super().__init__(plan, num_sms)
-        hidden, capacity = x_TH.shape[1], plan.capacity
-        self.dy, self.x, self.h = dy_TH.contiguous(), x_TH.contiguous(), h
-        self.weights, self.maps, self.limit = weights_TK.contiguous(), maps, _limit(clamp)
-        self.dfc1, self.dfc2, self.accumulate = dfc1, dfc2, (accumulate1, accumulate2)
-        self.dx = self.rows(plan.tokens, hidden)
-        self.dweights = self.rows(plan.tokens, weights_TK.shape[1], dtype=torch.float32)
-        self.pool = self.rows(capacity, hidden)
-        self.second_pool = None if dfc1 is None else self.rows(capacity, hidden)
-        self.act = self.rows(capacity, maps.inter)
-        self.dh = self.rows(capacity, 2 * maps.inter)
-        self.row_weights = self.rows(capacity, dtype=torch.float32)
-        self.dp_partials = self.rows(capacity, -(-maps.inter // DP_TILE), dtype=torch.float32)
+        super().__init__(plan, x_TH, weights_TK, maps, clamp, num_sms)
+        self.dy, self.h = dy_TH.contiguous(), h
+        self.dfc1, self.dfc2 = (None if table is None else table.table for table in (dfc1, dfc2))
+        self.accumulate = accumulate1, accumulate2
+        self.dx = self._new(plan.tokens, self.hidden)
+        self.dweights = self._new(plan.tokens, weights_TK.shape[1], dtype=torch.float32)
+        more = self.layout.second_pool if dfc1 is None else self.layout.more_bytes
+        self.more = self._new(more, dtype=torch.uint8)
+
+    @property
+    def dh(self) -> Tensor:
+        return self._part(self.more, self.layout.dh, 2 * self.maps.inter)
+
+    @property
+    def dp_partials(self) -> Tensor:
+        return self._part(self.more, self.layout.dp_partials, -(-self.maps.inter // DP_TILE), torch.float32)
+
+    @property
+    def second_pool(self) -> Tensor:
+        """Only with dfc1."""
+        return self._part(self.more, self.layout.second_pool, self.hidden)
 
     def step(self, step: int) -> None:
-        gradients = [
-            tensor
-            for table in (self.dfc1, self.dfc2)
-            for tensor in ((None, None) if table is None else (table.maps, table.addresses))
-        ]
         torch.ops.megamoe.fused_backward(
-            step, *self.routing(), self.dy, self.x, self.weights, self.h, self.maps.fc1_mn, self.maps.fc2_mn,
-            *gradients, *self.accumulate, self.pool, self.second_pool, self.act, self.dh, self.row_weights,
-            self.dp_partials, self.dx, self.dweights, self.limit, *self.launch_arguments(),
+            step, self.plan.workspace.handle, *self.plan.arguments, self.dy, self.x, self.weights, self.h,
+            self.maps.table, self.dfc1, self.dfc2, *self.accumulate, self.dx, self.dweights, self.scratch, self.more,
+            self.limit, self.num_sms, ops.raw_stream(self.device),
         )  # fmt: skip
-
-
-def _run(call: _Call) -> None:
-    with call.plan.workspace.launching():
-        call.step(_BOTH)
 
 
 def forward(
@@ -174,22 +193,25 @@ def forward(
     num_sms: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [T, H], h [capacity, 2I]: see ForwardCall. Collective. An overflowed plan leaves both unwritten."""
-    call = ForwardCall(plan, x_TH, weights_TK, maps, clamp=clamp, num_sms=num_sms)
-    _run(call)
+    with plan.workspace.launching():  # the allocations too: peers wait for what follows them
+        call = ForwardCall(plan, x_TH, weights_TK, maps, clamp=clamp, num_sms=num_sms)
+        call.step(_BOTH)
     return call.y, call.h
 
 
 def backward(plan: DevicePlan, *tensors, **options) -> tuple[Tensor, Tensor]:
     """dx [T, H], dweights [T, K]: arguments and results of BackwardCall. Collective."""
-    call = BackwardCall(plan, *tensors, **options)
-    _run(call)
+    with plan.workspace.launching():
+        call = BackwardCall(plan, *tensors, **options)
+        call.step(_BOTH)
     return call.dx, call.dweights
 
 
 def fc1_again(plan: DevicePlan, x_TH: Tensor, weights_TK: Tensor, maps: WeightMaps) -> Tensor:
     """h [capacity, 2I] once more, with forward's bits: dispatch of x, then fc1. Collective."""
-    pool, row_weights = dispatch(plan, x_TH, weights_TK, backward=True)
-    h = pool.new_empty(plan.capacity, 2 * maps.inter)
-    act = pool.new_empty(plan.capacity, maps.inter)
-    ops.fc1(pool, maps.fc1, ops.Groups(plan.expert_rows, plan.expert_offset), row_weights, h, act)
+    with plan.workspace.launching():
+        pool, row_weights = dispatch(plan, x_TH, weights_TK, backward=True)
+        h = pool.new_empty(plan.capacity, 2 * maps.inter)
+        act = pool.new_empty(plan.capacity, maps.inter)
+        ops.fc1(pool, maps.fc1, ops.Groups(plan.expert_rows, plan.expert_offset), row_weights, h, act)
     return h

@@ -10,11 +10,13 @@ import itertools
 import time
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .ops import raw_stream
+from .ops import ask, raw_stream
 from .plan import ROW_TILE, RoutingPlan
 from .workspace import Shape, Workspace
 
@@ -35,28 +37,82 @@ class RowOverflow(RuntimeError):
     """The routing needs more rows than a rank has room for. Decided alike on every rank; nothing was written."""
 
 
+class TableLayout(NamedTuple):
+    """First byte of each table of a plan: csrc/layout/plan.cuh."""
+
+    control: int
+    counts: int
+    expert_rows: int
+    expert_offset: int
+    block_counts: int
+    topk_ids: int
+    slot_of: int
+    source_of: int  # the last one: its size may not be known when the others are allocated
+
+
+@lru_cache(1024)
+def table_layout(ranks: int, experts: int, slots: int) -> TableLayout:
+    return TableLayout(*ask(torch.ops.megamoe.plan_layout, ranks, experts, slots, answers=len(TableLayout._fields)))
+
+
 @dataclass(eq=False)
 class DevicePlan:
-    """RoutingPlan on the device, as the kernels write and read it."""
+    """RoutingPlan on the device, as the kernels write and read it. Its tables are cut out only where somebody asks."""
 
     workspace: Workspace
     ids: Tensor  # [T, K] the caller's, int64 or int32; read until place() is done
-    capacity: int
+    capacity: int  # rows that source_of has room for; MAX_ROWS: it is not allocated yet
     status: Tensor  # int64 [8] pinned: PlanStatus of csrc/kernels/plan.cuh
-    block_counts: Tensor
-    control: Tensor  # int32 [8]
-    slot_of: Tensor  # [T, K] int64
-    topk_ids: Tensor  # [T, K] int32, the plan's own copy
-    counts: Tensor  # [R, E] int32
-    expert_rows: Tensor  # [L] int32
-    expert_offset: Tensor  # [L+1] int32
-    source_of: Tensor | None  # [capacity] int64; rows from M on are not written
+    tables: Tensor  # int32: all of TableLayout; without source_of where the capacity is not known yet
     row_tile: int = ROW_TILE  # every expert's segment starts at a multiple: ROW_TILE, or 1 where nothing is padded
+    own_source_of: Tensor | None = None  # where it is not in `tables`
     rows: int | None = None  # M, once `settle` has read the verdict
 
     @property
     def tokens(self) -> int:
         return self.ids.shape[0]
+
+    @property
+    def arguments(self) -> tuple[int, Tensor, Tensor | None]:
+        """What operators take: capacity, tables, source_of where it has memory of its own."""
+        return self.capacity, self.tables, self.own_source_of
+
+    def _table(self, name: str, *size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        shape = self.workspace.shape
+        begin = getattr(table_layout(shape.ranks, shape.experts, self.ids.numel()), name)
+        return self.tables[begin // 4 :].view(dtype)[: torch.Size(size).numel()].view(size)
+
+    @property
+    def slot_of(self) -> Tensor:
+        """[T, K] int64"""
+        return self._table("slot_of", *self.ids.shape, dtype=torch.int64)
+
+    @property
+    def topk_ids(self) -> Tensor:
+        """[T, K] int32, the plan's own copy"""
+        return self._table("topk_ids", *self.ids.shape)
+
+    @property
+    def counts(self) -> Tensor:
+        """[R, E] int32"""
+        return self._table("counts", self.workspace.shape.ranks, self.workspace.shape.experts)
+
+    @property
+    def expert_rows(self) -> Tensor:
+        """[L] int32"""
+        return self._table("expert_rows", self.workspace.shape.experts // self.workspace.shape.ranks)
+
+    @property
+    def expert_offset(self) -> Tensor:
+        """[L+1] int32"""
+        return self._table("expert_offset", self.workspace.shape.experts // self.workspace.shape.ranks + 1)
+
+    @property
+    def source_of(self) -> Tensor:
+        """[capacity] int64; rows from M on are not written"""
+        if self.own_source_of is None:
+            return self._table("source_of", self.capacity, dtype=torch.int64)
+        return self.own_source_of[: self.capacity]
 
     def wait(self) -> None:
         """Polls until the device has judged the plan. Raises MegaMoETimeout if a wait of the kernels failed."""
@@ -73,7 +129,8 @@ class DevicePlan:
     def settle(self) -> int:
         """M of this rank, after `wait`. Raises ValueError for a bad id and RowOverflow, alike on every rank."""
         if self.rows is None:  # read once: the workspace uses the pinned words again
-            self.wait()
+            if not self.status.tolist()[0]:
+                self.wait()
             self.rows = read_verdict(self.status, self.workspace.shape)
         return self.rows
 
@@ -126,35 +183,17 @@ def stream_of(workspace: Workspace) -> int:
 
 
 def _new_plan(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int) -> DevicePlan:
-    """With room for everything but source_of. Raises ValueError for ids that will not do."""
-    shape = workspace.shape
-    if ids.dim() != 2 or ids.shape[1] != shape.top_k or ids.shape[0] > shape.tokens:
-        raise ValueError(f"topk_ids: got shape {tuple(ids.shape)}; allowed: [T <= {shape.tokens}, {shape.top_k}]")
+    """Raises ValueError for ids that will not do."""
+    shape, size = workspace.shape, ids.shape
+    if len(size) != 2 or size[1] != shape.top_k or size[0] > shape.tokens:
+        raise ValueError(f"topk_ids: got shape {tuple(size)}; allowed: [T <= {shape.tokens}, {shape.top_k}]")
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"topk_ids: got dtype {ids.dtype}; allowed: torch.int32, torch.int64")
-
-    def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=ids.device)
-
-    local, slots = shape.experts // shape.ranks, ids.numel()
-    # One allocation for all small tables: each costs host time.
-    sizes = [8, shape.ranks * shape.experts, local, local + 1, torch.ops.megamoe.plan_scratch(slots, shape.experts)]
-    control, counts, expert_rows, expert_offset, block_counts = new(sum(sizes)).split(sizes)
-    return DevicePlan(
-        workspace=workspace,
-        ids=ids.contiguous(),
-        capacity=capacity,
-        status=workspace.next_status(),
-        block_counts=block_counts,
-        control=control,
-        slot_of=new(*ids.shape, dtype=torch.int64),
-        topk_ids=new(*ids.shape),
-        counts=counts.view(shape.ranks, shape.experts),
-        expert_rows=expert_rows,
-        expert_offset=expert_offset,
-        source_of=None,
-        row_tile=row_tile,
-    )
+    before = table_layout(shape.ranks, shape.experts, size[0] * size[1]).source_of
+    source_of = 0 if capacity == MAX_ROWS else 8 * capacity
+    # One allocation: each costs host time, and the kernels wait for the host at the start of a layer.
+    tables = torch.empty((before + source_of) // 4, dtype=torch.int32, device=ids.device)
+    return DevicePlan(workspace, ids.contiguous(), capacity, workspace.next_status(), tables, row_tile)
 
 
 def plan_count(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int = ROW_TILE) -> DevicePlan:
@@ -170,18 +209,16 @@ def plan_count(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int =
 
 def plan_place(plan: DevicePlan) -> None:
     """Step 2: row offsets, slot_of and the verdict, once every rank has counted. With one rank, source_of too."""
-    if plan.workspace.shape.ranks == 1 and plan.capacity < MAX_ROWS:
-        plan.source_of = torch.empty(plan.capacity, dtype=torch.int64, device=plan.ids.device)
     _plan_step(plan, 1)
 
 
 def plan_sources(plan: DevicePlan, rows: int | None = None) -> DevicePlan:
-    """Step 3: source_of, once every rank has placed. rows: room to allocate; None: the capacity told before."""
-    if plan.source_of is not None:
+    """Step 3: source_of, once every rank has placed. rows: room to allocate, where no capacity was told before."""
+    if plan.capacity == MAX_ROWS:
+        plan.own_source_of = torch.empty(rows, dtype=torch.int64, device=plan.ids.device)
+        plan.capacity = rows
+    elif plan.workspace.shape.ranks == 1:
         return plan
-    rows = plan.capacity if rows is None else rows
-    plan.source_of = torch.empty(rows, dtype=torch.int64, device=plan.ids.device)
-    plan.capacity = rows
     _plan_step(plan, 2)
     return plan
 
@@ -189,10 +226,8 @@ def plan_sources(plan: DevicePlan, rows: int | None = None) -> DevicePlan:
 def _plan_step(plan: DevicePlan, phase: int) -> None:
     workspace = plan.workspace
     torch.ops.megamoe.plan(
-        phase, workspace.handle, plan.ids, plan.row_tile, plan.capacity, plan.block_counts, plan.control,
-        plan.status.data_ptr(), plan.slot_of, plan.topk_ids, plan.counts, plan.expert_rows, plan.expert_offset,
-        plan.source_of, stream_of(workspace),
-    )  # fmt: skip
+        phase, workspace.handle, plan.ids, plan.row_tile, *plan.arguments, plan.status.data_ptr(), stream_of(workspace)
+    )
 
 
 def build_plan(
@@ -213,7 +248,6 @@ def build_plan(
         elif sizing != "fixed":
             raise ValueError(f"sizing: got {sizing!r}; allowed: 'high_water', 'fixed', 'exact'")
         plan = _new_plan(workspace, ids, capacity, row_tile)
-        plan.source_of = torch.empty(capacity, dtype=torch.int64, device=ids.device)
         _plan_step(plan, 3)
         return plan
 

@@ -11,7 +11,7 @@ Shape suffixes: T tokens, K top-k, H hidden, I expert intermediate, M rows of th
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -132,8 +132,7 @@ def fc1_forward(x_MH: Tensor, plan: RoutingPlan, fc1: list[Tensor]) -> Tensor:
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """Which gradients backward computes. The same on every rank of the group: it decides which rows travel."""
 
     x: bool = True
@@ -142,8 +141,10 @@ class Need:
     fc2: bool = True
 
 
-@dataclass(frozen=True)
-class Grads:
+EVERY_GRADIENT = Need()
+
+
+class Grads(NamedTuple):
     """What backward returns; None where `Need` said no. Weight gradients are fp32 (fp64 for fp64), per local expert."""
 
     dx: Tensor | None  # [T, H], dtype of x
@@ -197,7 +198,7 @@ def backward(
     *,
     clamp: float | None,
     group: Group,
-    need: Need = Need(),
+    need: Need = EVERY_GRADIENT,
     dfc1: list[Tensor | None] | None = None,
     dfc2: list[Tensor | None] | None = None,
     overwrite: tuple[bool, bool] = (False, False),

@@ -124,8 +124,9 @@ class Staged:
         workspace = self.workspace
         for attempt in range(2):
             plan = self._plan(ids_TK)
-            expert_rows = torch.empty(len(plan.expert_rows), dtype=torch.int32, pin_memory=True)
-            expert_rows.copy_(plan.expert_rows, non_blocking=True)
+            on_device = plan.expert_rows
+            expert_rows = torch.empty(len(on_device), dtype=torch.int32, pin_memory=True)
+            expert_rows.copy_(on_device, non_blocking=True)
             counted = torch.cuda.Event()
             counted.record()
             with workspace.launching():
@@ -142,7 +143,7 @@ class Staged:
                 counted.synchronize()
             workspace.most_rows = max(workspace.most_rows, taken)
             workspace.high_water = room_for(workspace.most_rows)
-            plan.capacity, plan.source_of = taken, plan.source_of[:taken]
+            plan.capacity = taken
             # Shrunk in place: as views, an experts module could not write into them.
             return Flight(
                 plan, rows.resize_(taken, rows.shape[1]), weights.resize_(taken), expert_rows.long(), self.options

@@ -11,7 +11,6 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +94,8 @@ class Guard:
     def __init__(self, rank: int, *, pinned: bool = True):
         self.rank = rank
         self.record = torch.zeros(RECORD_INTS, dtype=torch.int64, pin_memory=pinned)
-        self._record = self.record.numpy()  # the same memory, read at a tenth of the cost
+        self._record = self.record.numpy()
+        self._words = memoryview(self._record)  # the same memory, read at a fraction of the cost
         self._stop = threading.Event()
         self._seen = threading.Event()
         arguments = (weakref.ref(self), self._stop)
@@ -111,7 +111,7 @@ class Guard:
             self.report(record)
 
     def failure(self) -> Record | None:
-        return Record.read(self._record)
+        return Record.read(self._record) if self._words[0] else None
 
     def check(self) -> None:
         """Raises MegaMoETimeout if a wait has failed."""
@@ -129,21 +129,31 @@ class Guard:
             path = Path(env("MEGAMOE_RECORD_DIR") or ".") / f"megamoe-timeout-rank{self.rank}.txt"
             path.write_text(f"{record}\n")
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
+    def watch(self) -> _Watch:
         """Around calls that launch or synchronise: an error that follows a failed wait becomes MegaMoETimeout."""
-        self.check()
-        try:
-            yield
-        except RuntimeError as error:  # torch.AcceleratorError is one
-            self.check_soon(error)
-            raise
+        return _Watch(self)
 
     def check_soon(self, error: BaseException) -> None:
         record = self.failure()
         if record is not None:
             self.report(record)
             raise MegaMoETimeout(str(record)) from error
+
+
+class _Watch:
+    """Guard.watch: a class, as every call of a layer enters several and a generator costs twice as much."""
+
+    __slots__ = ("guard",)
+
+    def __init__(self, guard: Guard):
+        self.guard = guard
+
+    def __enter__(self) -> None:
+        self.guard.check()
+
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        if isinstance(error, RuntimeError):  # torch.AcceleratorError is one
+            self.guard.check_soon(error)
 
 
 # A daemon thread that is inside torch when the interpreter ends takes the process down with it (std::terminate).

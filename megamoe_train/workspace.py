@@ -6,9 +6,8 @@ tokens of a rank, K top-k, E experts in all, R ranks, H hidden.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -163,7 +162,9 @@ class Workspace:
         self.sizing, self.capacity = "high_water", 0  # how many rows pools are allocated for; see create
         self.high_water = 0  # rows that pools are allocated for
         self.most_rows = 0  # M of the largest load so far
-        self.statuses = torch.zeros(STATUS_SLOTS, STATUS_INTS, dtype=torch.int64, pin_memory=memory.is_cuda)
+        statuses = torch.zeros(STATUS_SLOTS, STATUS_INTS, dtype=torch.int64, pin_memory=memory.is_cuda)
+        self.statuses = statuses.unbind(0)  # cut once, not in every call
+        self._status_words = memoryview(statuses.view(-1).numpy())
         self.plans = 0
         self.kept_slots: set[int] = set()  # statuses that captured graphs write again at every replay
         self.unread: list[tuple[Tensor, bool]] = []  # statuses nobody waits for, and whether a graph has captured them
@@ -238,7 +239,8 @@ class Workspace:
         return self.memory[begin:].view(dtype)[: int(torch.Size(size).numel())].view(size)
 
     def next_status(self) -> Tensor:
-        """int64 [8] of pinned host memory for the verdict of the next plan, zeroed; used again 1024 plans later."""
+        """int64 [8] of pinned host memory for the verdict of the next plan, its first word 0, which the verdict sets
+        last; used again 1024 plans later."""
         if len(self.kept_slots) == STATUS_SLOTS:
             raise RuntimeError(f"workspace: captured graphs hold all {STATUS_SLOTS} verdicts; capture with another one")
         while self.plans % STATUS_SLOTS in self.kept_slots:
@@ -246,21 +248,13 @@ class Workspace:
         slot, self.plans = self.plans % STATUS_SLOTS, self.plans + 1
         if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
             self.kept_slots.add(slot)
-        return self.statuses[slot].zero_()
+        self._status_words[slot * STATUS_INTS] = 0
+        return self.statuses[slot]
 
-    @contextlib.contextmanager
-    def launching(self) -> Iterator[None]:
+    def launching(self) -> _Launching:
         """Around one rank's part of a collective call. A rank that fails in it (out of memory) ends the others' waits
         at once, by name; what follows a failed wait of its own is raised as MegaMoETimeout."""
-        with self.guard.watch():
-            try:
-                yield
-            except watchdog.MegaMoETimeout:
-                raise
-            except Exception:
-                if self.shape.ranks > 1 and self.guard.failure() is None:
-                    self.abort()
-                raise
+        return _Launching(self)
 
     def abort(self) -> None:
         """This rank's host has failed: every wait of every rank ends at once. Nothing works afterwards.
@@ -284,6 +278,25 @@ class Workspace:
             dist.barrier(self.group)
         self.guard.stop()
         self.memory = self.bases = self.owner = None
+
+
+class _Launching:
+    """Workspace.launching."""
+
+    __slots__ = ("watch", "workspace")
+
+    def __init__(self, workspace: Workspace):
+        self.workspace, self.watch = workspace, workspace.guard.watch()
+
+    def __enter__(self) -> None:
+        self.watch.__enter__()
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        workspace = self.workspace
+        failed_here = isinstance(error, Exception) and not isinstance(error, watchdog.MegaMoETimeout)
+        if failed_here and workspace.shape.ranks > 1 and workspace.guard.failure() is None:
+            workspace.abort()
+        self.watch.__exit__(kind, error, trace)
 
 
 def check_sizing(sizing: str, capacity: int) -> None:

@@ -32,7 +32,8 @@ class FakeWorkspace(Workspace):
         self.memory = torch.empty(0)
         self.guard = types.SimpleNamespace(watch=contextlib.nullcontext, check=lambda: None, failure=lambda: None)
         self.high_water = self.most_rows = self.plans = self.aborted = 0
-        self.statuses = torch.zeros(workspace.STATUS_SLOTS, workspace.STATUS_INTS, dtype=torch.int64)
+        statuses = torch.zeros(workspace.STATUS_SLOTS, workspace.STATUS_INTS, dtype=torch.int64)
+        self.statuses, self._status_words = statuses.unbind(0), memoryview(statuses.view(-1).numpy())
         self.kept_slots, self.unread = set(), []
         self.closed, self.group = False, None
 
@@ -66,7 +67,7 @@ def fake_build_plan(space: FakeWorkspace, ids: Tensor, *, sizing: str = "high_wa
         capacity = truth.num_rows if sizing == "exact" else capacity
         code = ops_plan.PlanCode.OVERFLOW if truth.num_rows > capacity else ops_plan.PlanCode.GOOD
         status[1:7] = torch.tensor([code, 0, -1, capacity, truth.num_rows, truth.num_rows])
-    plan = FakeDevicePlan(space, ids, capacity, status, *[None] * 8, truth=truth)
+    plan = FakeDevicePlan(space, ids, capacity, status, torch.empty(0), truth=truth)
     if sizing == "exact":
         plan.settle()
     return plan
@@ -133,10 +134,6 @@ class FakeMaps:
     def of(cls, fc1, fc2):
         return cls(fc1, fc2)
 
-    def matches(self, fc1, fc2) -> bool:
-        pairs = zip([*self.fc1, *self.fc2], [*fc1, *fc2], strict=True)
-        return all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in pairs)
-
 
 @dataclass
 class FakeTable:
@@ -162,7 +159,7 @@ def fused(monkeypatch):
     for part in (module, plans):
         monkeypatch.setattr(part, "in_order", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: 0)
+    monkeypatch.setattr(module.ops, "raw_stream", lambda device: 0)
     from megamoe_train import backends
 
     backend = module.FusedBackend()

@@ -1,6 +1,7 @@
 #include "host/comm.hpp"
 
 #include <climits>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -8,6 +9,7 @@
 #include "kernels/plan.cuh"
 #include "kernels/routing.cuh"
 #include "kernels/rows.cuh"
+#include "layout/plan.cuh"
 #include "schedule/grouped.cuh"
 
 namespace megamoe {
@@ -25,6 +27,15 @@ int plan_blocks(int64_t slots) {
     return slots == 0 ? 1 : static_cast<int>((slots + chunk - 1) / chunk);
 }
 
+PlanLayout layout_for(int64_t ranks, int64_t experts, int64_t slots) {
+    static_assert(kTableControlInts == kPlanControlInts);
+    return plan_layout(ranks, experts, slots, plan_blocks(slots));
+}
+
+PlanLayout layout_for(const WorkspaceHandle& workspace, int64_t tokens) {
+    return layout_for(workspace.ranks, workspace.experts, tokens * workspace.top_k);
+}
+
 }  // namespace
 
 void write_workspace_layout(const int64_t* shape, int64_t* out) {
@@ -34,15 +45,30 @@ void write_workspace_layout(const int64_t* shape, int64_t* out) {
     for (int i = 0; i < kLayoutInts; ++i) out[i] = offsets[i];
 }
 
-int64_t plan_scratch(int64_t slots, int64_t experts) { return plan_blocks(slots) * experts; }
+void write_plan_layout(int64_t ranks, int64_t experts, int64_t slots, int64_t* out) {
+    require(ranks >= 1 && experts >= 1, "ranks", ranks, "1 or more, as experts");
+    const PlanLayout layout = layout_for(ranks, experts, slots);
+    static_assert(sizeof(layout) == kPlanLayoutInts * sizeof(*out));
+    std::memcpy(out, &layout, sizeof(layout));
+}
+
+int64_t plan_bytes(const WorkspaceHandle& workspace, int64_t tokens) { return layout_for(workspace, tokens).source_of; }
+
+PlanPointers plan_pointers(const WorkspaceHandle& workspace, int64_t tokens, void* tables, int64_t* source_of) {
+    const PlanLayout layout = layout_for(workspace, tokens);
+    const auto ints = [tables](int64_t offset) { return static_cast<int*>(tables) + offset / 4; };
+    const auto longs = [tables](int64_t offset) { return static_cast<int64_t*>(tables) + offset / 8; };
+    return {ints(layout.control),      ints(layout.counts),
+            ints(layout.expert_rows),  ints(layout.expert_offset),
+            ints(layout.block_counts), ints(layout.topk_ids),
+            longs(layout.slot_of),     source_of != nullptr ? source_of : longs(layout.source_of)};
+}
 
 void run_plan(PlanPhase phase, const PlanArgs& args) {
     const int64_t slots = args.tokens * args.workspace.top_k;
     PlanParams params{};
     params.peers = peers_of(args.workspace);
     require(args.tokens <= args.workspace.tokens, "T", args.tokens, "at most the workspace's tokens");
-    require(args.block_counts_size >= plan_scratch(slots, args.workspace.experts), "block_counts' size",
-            args.block_counts_size, "at least plan_scratch");
     params.ids = args.ids;
     params.wide_ids = args.wide_ids;
     params.slots = static_cast<int>(slots);
@@ -52,21 +78,21 @@ void run_plan(PlanPhase phase, const PlanArgs& args) {
     require(args.row_tile == 1 || args.row_tile == kRowTile, "row_tile", args.row_tile, "1, 128");
     params.row_tile = args.row_tile;
     params.capacity = static_cast<int>(args.capacity < INT_MAX ? args.capacity : INT_MAX);
-    params.block_counts = args.block_counts;
-    params.control = args.control;
+    params.block_counts = args.plan.block_counts;
+    params.control = args.plan.control;
     params.status = reinterpret_cast<PlanStatus*>(args.status);
-    params.slot_of = reinterpret_cast<long long*>(args.slot_of);
-    params.ids_out = args.ids_out;
-    params.counts = args.counts;
-    params.expert_rows = args.expert_rows;
-    params.expert_offset = args.expert_offset;
-    params.source_of = reinterpret_cast<long long*>(args.source_of);
+    params.slot_of = reinterpret_cast<long long*>(args.plan.slot_of);
+    params.ids_out = args.plan.topk_ids;
+    params.counts = args.plan.counts;
+    params.expert_rows = args.plan.expert_rows;
+    params.expert_offset = args.plan.expert_offset;
+    params.source_of = reinterpret_cast<long long*>(args.plan.source_of);
     switch (phase) {
         case PlanPhase::kCount: return check(launch_plan_count(params, args.stream), "launching plan_count");
         case PlanPhase::kPlace: return check(launch_plan_place(params, args.stream), "launching plan_place");
         case PlanPhase::kSources: return check(launch_plan_sources(params, args.stream), "launching plan_sources");
         case PlanPhase::kAll:
-            require(args.source_of != nullptr, "source_of given", 0, "1, for the whole plan in one call");
+            require(args.plan.source_of != nullptr, "source_of given", 0, "1, for the whole plan in one call");
             check(launch_plan_count(params, args.stream), "launching plan_count");
             check(launch_plan_place(params, args.stream), "launching plan_place");
             if (params.peers.ranks == 1) return;
@@ -86,11 +112,11 @@ void run_rows(RowsPhase phase, const RowsArgs& args) {
     params.top_k = static_cast<int>(args.workspace.top_k);
     params.tokens = static_cast<int>(args.tokens);
     params.experts = static_cast<int>(args.workspace.experts);
-    params.plan_control = args.plan_control;
-    params.source_of = reinterpret_cast<const long long*>(args.source_of);
-    params.num_rows = args.num_rows;
-    params.slot_of = reinterpret_cast<const long long*>(args.slot_of);
-    params.ids = args.ids;
+    params.plan_control = args.plan.control;
+    params.source_of = reinterpret_cast<const long long*>(args.plan.source_of);
+    params.num_rows = args.plan.expert_offset + args.workspace.experts / args.workspace.ranks;
+    params.slot_of = reinterpret_cast<const long long*>(args.plan.slot_of);
+    params.ids = args.plan.topk_ids;
     params.pool = static_cast<uint8_t*>(args.pool);
     params.tokens_in = static_cast<uint8_t*>(args.tokens_in);
     params.tokens_out = static_cast<uint8_t*>(args.tokens_out);

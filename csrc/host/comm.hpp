@@ -20,9 +20,31 @@ struct WorkspaceHandle {
 };
 constexpr int kHandleInts = sizeof(WorkspaceHandle) / 8;
 constexpr int kLayoutInts = 15;
+constexpr int kPlanLayoutInts = 8;
 
 // Offsets of the regions and the bytes in all, in the order of WorkspaceLayout. shape: R, E, K, H, T.
 void write_workspace_layout(const int64_t* shape, int64_t* out);
+
+// A plan's tables in device memory: layout/plan.cuh.
+struct PlanPointers {
+    int* control;
+    int* counts;
+    int* expert_rows;
+    int* expert_offset;
+    int* block_counts;
+    int* topk_ids;
+    int64_t* slot_of;
+    int64_t* source_of;  // null while its memory is not allocated yet
+};
+
+// Offsets of the tables, in the order of PlanLayout, for `slots` = T * K.
+void write_plan_layout(int64_t ranks, int64_t experts, int64_t slots, int64_t* out);
+
+// Bytes of the tables before source_of.
+int64_t plan_bytes(const WorkspaceHandle& workspace, int64_t tokens);
+
+// source_of: where it has memory of its own; else it follows the other tables.
+PlanPointers plan_pointers(const WorkspaceHandle& workspace, int64_t tokens, void* tables, int64_t* source_of);
 
 // kAll: the three in one call; with one rank kPlace has written source_of already.
 enum class PlanPhase : int { kCount = 0, kPlace = 1, kSources = 2, kAll = 3 };
@@ -34,21 +56,10 @@ struct PlanArgs {
     int64_t tokens;
     int row_tile;
     int64_t capacity;
-    int* block_counts;
-    int64_t block_counts_size;
-    int* control;
+    PlanPointers plan;
     int64_t status;
-    int64_t* slot_of;
-    int* ids_out;
-    int* counts;
-    int* expert_rows;
-    int* expert_offset;
-    int64_t* source_of;
     cudaStream_t stream;
 };
-
-// Ints that block_counts needs for `slots` = T * K.
-int64_t plan_scratch(int64_t slots, int64_t experts);
 
 void run_plan(PlanPhase phase, const PlanArgs& args);
 
@@ -59,11 +70,7 @@ struct RowsArgs {
     int op;
     int buffer;
     int64_t tokens;
-    const int* plan_control;
-    const int64_t* source_of;
-    const int* num_rows;
-    const int64_t* slot_of;
-    const int* ids;
+    PlanPointers plan;
     void* pool;
     void* tokens_in;
     void* tokens_out;

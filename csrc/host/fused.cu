@@ -9,6 +9,7 @@
 #include "host/trace.hpp"
 #include "kernels/fused.hpp"
 #include "kernels/rows.cuh"
+#include "layout/scratch.cuh"
 #include "roles/fused_params.cuh"
 
 namespace megamoe {
@@ -19,6 +20,7 @@ Pull pull_of(int buffer, const void* tokens, const float* weights, bool weighted
 }
 
 FusedCounters counters_of(const FusedArgs& args) {
+    static_assert(kFusedScalars == kCounterScalars);
     const int64_t tiles = args.capacity / kRowTile;
     FusedCounters counters{};
     int* next = args.counters;
@@ -39,8 +41,8 @@ FusedCounters counters_of(const FusedArgs& args) {
 GemmParams product_of(Gemm gemm, const FusedArgs& args) {
     GemmParams product{};
     product.gemm = gemm;
-    product.expert_rows = args.expert_rows;
-    product.expert_offset = args.expert_offset;
+    product.expert_rows = args.plan.expert_rows;
+    product.expert_offset = args.plan.expert_offset;
     product.num_experts = static_cast<int>(args.workspace.experts / args.workspace.ranks);
     product.limit = clamp_pair(args.limit);
     product.deadline = deadline_of(args.workspace);
@@ -129,7 +131,7 @@ RowsParams staging_of(const FusedArgs& args, int buffer, const void* tokens, con
     rows.buffer = buffer;
     rows.top_k = static_cast<int>(args.workspace.top_k);
     rows.tokens = static_cast<int>(args.tokens);
-    rows.plan_control = args.plan_control;
+    rows.plan_control = args.plan.control;
     rows.tokens_in = static_cast<uint8_t*>(const_cast<void*>(tokens));
     rows.weights = weights;
     rows.control = args.counters;
@@ -137,10 +139,6 @@ RowsParams staging_of(const FusedArgs& args, int buffer, const void* tokens, con
 }
 
 }  // namespace
-
-int64_t fused_counters(int64_t capacity, int64_t tokens) {
-    return kFusedScalars + 4 * (capacity / kRowTile) + (tokens + 31) / 32;
-}
 
 void preload_kernels() {
     check(load_plan_kernels(), "loading the plan's kernels");
@@ -157,7 +155,8 @@ void begin_fused(const FusedArgs& args) {
     const RowsParams rows = staging_of(args, first, args.backward ? args.dy : args.x, args.weights);
     if (!alone) check(launch_stage(rows, args.stream), "staging rows");
     if (!alone && second) check(launch_stage(staging_of(args, 0, args.x, nullptr), args.stream), "staging x");
-    check(cudaMemsetAsync(args.counters, 0, args.counters_size * sizeof(int), args.stream), "clearing the counters");
+    const size_t counters = counter_ints(args.capacity, args.tokens) * sizeof(int);
+    check(cudaMemsetAsync(args.counters, 0, counters, args.stream), "clearing the counters");
     check(launch_announce(rows, staged_buffers(args), args.stream), "launching announce");
 }
 
@@ -167,8 +166,6 @@ void run_fused(const FusedArgs& args) {
     require((args.second_pool != nullptr) == (args.gradient_maps[1] != nullptr), "second_pool given",
             args.second_pool != nullptr, "together with the gradients of fc1");
     require(args.inter > 0 && args.inter % 128 == 0, "I", args.inter, "multiples of 128");
-    require(args.counters_size >= fused_counters(args.capacity, args.tokens), "counters' size", args.counters_size,
-            "at least fused_counters");
     const int sms = args.num_sms > 0 ? args.num_sms : sm_count(), clusters = sms / kClusterSize;
     require(clusters >= 1, "num_sms", sms, "at least 2");
     const int local = static_cast<int>(args.workspace.experts / args.workspace.ranks);
@@ -188,11 +185,11 @@ void run_fused(const FusedArgs& args) {
     pulls_of(args, params);
     params.peers = peers_of(args.workspace);
     params.op = args.backward ? Op::kBackward : Op::kForward;
-    params.plan_control = args.plan_control;
-    params.source_of = reinterpret_cast<const long long*>(args.source_of);
-    params.num_rows = args.expert_offset + local;
-    params.slot_of = reinterpret_cast<const long long*>(args.slot_of);
-    params.ids = args.ids;
+    params.plan_control = args.plan.control;
+    params.source_of = reinterpret_cast<const long long*>(args.plan.source_of);
+    params.num_rows = args.plan.expert_offset + local;
+    params.slot_of = reinterpret_cast<const long long*>(args.plan.slot_of);
+    params.ids = args.plan.topk_ids;
     params.tokens = static_cast<int>(args.tokens);
     params.top_k = static_cast<int>(args.workspace.top_k);
     params.experts = static_cast<int>(args.workspace.experts);

@@ -9,12 +9,7 @@ struct FusedArgs {
     bool backward;
 
     // The plan.
-    const int* plan_control;
-    const int64_t* source_of;
-    const int64_t* slot_of;
-    const int* ids;
-    const int* expert_rows;
-    const int* expert_offset;
+    PlanPointers plan;
     int64_t tokens;
     int64_t capacity;  // rows of the pools
 
@@ -25,14 +20,15 @@ struct FusedArgs {
     void* tokens_out;      // [T, H] y or dx
     float* dweights;       // [T, K]; backward
 
-    // Row pools, bf16.
-    void* pool;          // [capacity, H] x, or dy in backward
-    void* second_pool;   // [capacity, H] x in backward; null: wgrad1 is not wanted
+    // Row pools, bf16; all but h are scratch: layout/scratch.cuh.
     void* h;             // [capacity, 2I]
+    void* pool;          // [capacity, H] x, or dy in backward
     void* act;           // [capacity, I]
-    void* dh;            // [capacity, 2I]; backward
     float* row_weights;  // [capacity]
+    int* counters;       // [counter_ints]
+    void* dh;            // [capacity, 2I]; backward
     float* dp_partials;  // [capacity, ceil(I / 256)]; backward
+    void* second_pool;   // [capacity, H] x in backward; null: wgrad1 is not wanted
 
     // Tensor maps [L] in device memory: forward fc1, fc2 (kWeight); backward fc2, fc1 (kWeightMN), and the gradients.
     const void* maps[2];
@@ -42,17 +38,12 @@ struct FusedArgs {
 
     int64_t inter;
     float limit;
-    int* counters;
-    int64_t counters_size;
     int num_sms;  // 0: all
     cudaStream_t stream;
 };
 
 // Loads every kernel whose launch another rank may be waiting for. Throws std::runtime_error.
 void preload_kernels();
-
-// Ints that `counters` needs.
-int64_t fused_counters(int64_t capacity, int64_t tokens);
 
 // Copies what peers will pull into this rank's staging buffers and announces the operation.
 void begin_fused(const FusedArgs& args);

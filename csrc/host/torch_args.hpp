@@ -4,6 +4,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <climits>
 #include <cstring>
 #include <optional>
 
@@ -49,6 +50,18 @@ inline WorkspaceHandle handle_of(const Tensor& handle) {
     WorkspaceHandle result;
     std::memcpy(&result, longs(handle, kHandleInts, "handle"), sizeof(result));
     return result;
+}
+
+// A plan's tables [bytes / 4] int32. source_of: where it has memory of its own; else the tables hold it too, once the
+// capacity is known.
+inline PlanPointers plan_of(const WorkspaceHandle& workspace, int64_t tokens, int64_t capacity, const Tensor& tables,
+                            const OptionalTensor& source_of) {
+    const bool inside = !source_of && capacity < INT_MAX;
+    const int64_t bytes = plan_bytes(workspace, tokens) + (inside ? 8 * capacity : 0);
+    int64_t* own = source_of ? longs(*source_of, capacity, "source_of") : nullptr;
+    PlanPointers plan = plan_pointers(workspace, tokens, ints(tables, bytes / 4, "tables"), own);
+    if (!inside) plan.source_of = own;
+    return plan;
 }
 
 }  // namespace megamoe
