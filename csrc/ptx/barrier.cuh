@@ -52,7 +52,7 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t byte
                  : "memory");
 }
 
-// Releases what this thread has done and seen to whoever waits with mbarrier_try_wait_cluster.
+// Released at cluster scope: what this thread has done and seen comes before what CTA `cta` does after its wait.
 __device__ __forceinline__ void mbarrier_expect_cta(uint64_t* barrier, uint32_t cta, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
                      map_to_cta(smem_address(barrier), cta)),
@@ -66,19 +66,6 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
     asm volatile(
         "{\n.reg .pred p;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(smem_address(barrier)), "r"(parity)
-        : "memory");
-    return done != 0;
-}
-
-// Also acquires what the other CTA's arrivals released.
-__device__ __forceinline__ bool mbarrier_try_wait_cluster(uint64_t* barrier, uint32_t parity) {
-    uint32_t done;
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(smem_address(barrier)), "r"(parity)

@@ -18,11 +18,6 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t address, uint32_t v0, u
                  : "memory");
 }
 
-__device__ __forceinline__ void store_matrix_x2(uint32_t address, uint32_t v0, uint32_t v1) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(v0), "r"(v1)
-                 : "memory");
-}
-
 __device__ __forceinline__ uint4 load_shared_v4(uint32_t address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

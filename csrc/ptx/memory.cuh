@@ -92,4 +92,9 @@ __device__ __forceinline__ void store_v4(void* address, uint4 v) {
                  : "memory");
 }
 
+// Asks for the 128-byte line at `address` to be brought into L2; nobody waits for it.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 }  // namespace megamoe::ptx

@@ -18,12 +18,11 @@ __device__ __forceinline__ void load_h_blocks(uint32_t rows, int j, HBlocks& h) 
 // One chunk of a warp; `rows` is the address of its 16 gate rows in the stage.
 template <int kChunk>
 __device__ __forceinline__ void dswiglu_chunk(uint32_t rows, float2 p, Pair limit, float2& dp, const float (&d)[128]) {
-    HBlocks h[2];  // the next blocks are read while these are computed
-    load_h_blocks(rows, 0, h[0]);
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-        const HBlocks& now = h[j / 2 % 2];
-        if (j + 2 < 8) load_h_blocks(rows, j + 2, h[(j / 2 + 1) % 2]);
+        // Not read ahead of their use: beside 128 accumulators these registers would be spilled.
+        HBlocks now;
+        load_h_blocks(rows, j, now);
         PairGrad grad[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

@@ -32,25 +32,6 @@ __device__ __forceinline__ void store_epilogue(SharedStorage& shared, const Gemm
     }
 }
 
-// The same for rows that the storer scatters.
-__device__ __forceinline__ void scatter_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
-                                                 const float (&d)[128], Position& position) {
-    const auto put = [&]<int kStage, int kFirst>() {
-        const OutputPlace output = position.next_output<Gemm::kFc2>(kStage);
-        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output, scatter_pitch(kStage));
-        // The last block of an odd number stands alone.
-        put_rows<scatter_blocks(kStage)>(rows, [&](int j) {
-            const float* v = &d[4 * (kFirst + j)];
-            const bool pair = j + 1 < scatter_blocks(kStage);
-            return uint4{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pair ? pack_bf16(v[4], v[5]) : 0,
-                         pair ? pack_bf16(v[6], v[7]) : 0};
-        });
-        publish_output(shared, place.warpgroup, output);
-    };
-    put.template operator()<0, 0>();
-    put.template operator()<1, scatter_blocks(0)>();
-}
-
 // The routing weights of this thread's two rows; 0 for padding.
 __device__ __forceinline__ float2 row_weights(const GemmParams& params, const Share& share, int warp_row) {
     const int row = warp_row + (threadIdx.x & 31) / 4;
@@ -58,26 +39,24 @@ __device__ __forceinline__ float2 row_weights(const GemmParams& params, const Sh
     return {row < share.rows_left ? p[0] : 0.0f, row + 8 < share.rows_left ? p[8] : 0.0f};
 }
 
-// a of a thread's two columns; h is rounded first, as it will be read back in backward.
-__device__ __forceinline__ uint32_t swiglu_of(const float* g, const float* u, float p, Pair limit) {
-    return swiglu(pack_bf16(g[0], g[1]), pack_bf16(u[0], u[1]), p, limit);
-}
-
-// fc1: blocks 0-15 are gate columns, 16-31 the up columns that belong to them.
+// fc1: blocks 0-15 are gate columns, 16-31 the up columns that belong to them. h is rounded first, as it will be read
+// back in backward. Two blocks at a time through all three parts, so that few registers hold rounded values.
 __device__ __forceinline__ void swiglu_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
                                                 float2 p, const float (&d)[128], Position& position) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const OutputPlace output = position.next_output<Gemm::kFc1>(half);
         const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
-        put_part(rows, [&](int j) { return rounded_blocks(d, half * 8, j); });
-        put_part(rows + kPartBytes, [&](int j) { return rounded_blocks(d, 16 + half * 8, j); });
-        put_part(rows + 2 * kPartBytes, [&](int j) {
-            const float* g = &d[4 * (half * 8 + j)];
-            const float* u = g + 64;
-            return uint4{swiglu_of(g, u, p.x, params.limit), swiglu_of(g + 2, u + 2, p.y, params.limit),
-                         swiglu_of(g + 4, u + 4, p.x, params.limit), swiglu_of(g + 6, u + 6, p.y, params.limit)};
-        });
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            const uint4 g = rounded_blocks(d, half * 8, j), u = rounded_blocks(d, 16 + half * 8, j);
+            const uint32_t at = block_address(rows, j);
+            ptx::store_matrix_x4(at, g.x, g.y, g.z, g.w);
+            ptx::store_matrix_x4(at + kPartBytes, u.x, u.y, u.z, u.w);
+            ptx::store_matrix_x4(at + 2 * kPartBytes, swiglu(g.x, u.x, p.x, params.limit),
+                                 swiglu(g.y, u.y, p.y, params.limit), swiglu(g.z, u.z, p.x, params.limit),
+                                 swiglu(g.w, u.w, p.y, params.limit));
+        }
         publish_output(shared, place.warpgroup, output);
     }
 }

@@ -66,8 +66,7 @@ __device__ __forceinline__ WarpPlace warp_place(int warpgroup) {
 
 // `d`: the accumulators, one set for all products of a launch. A set for each would be alive all the time: the first
 // wgmma of a tile names its accumulators as inputs, even where it overwrites them.
-// kScatters: the rows of fc2 and dgrad1 go where their tokens are, instead of into a pool.
-template <Gemm kGemm, bool kScatters>
+template <Gemm kGemm>
 __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
                                           WarpPlace place, int rank, Position& position, float (&d)[128],
                                           Trace& trace) {
@@ -90,8 +89,6 @@ __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParam
         dswiglu_epilogue(shared, params, share, place, outputs, p, d, position);
     } else if constexpr (kGemm == Gemm::kWgrad) {
         wgrad_epilogue(shared, params, place, d, position, trace);
-    } else if constexpr (kScatters) {
-        scatter_epilogue(shared, params, place, d, position);
     } else {
         store_epilogue(shared, params, place, d, position);
     }
@@ -124,7 +121,7 @@ __device__ void math_role(SharedStorage& shared, const GemmParams& params, int w
         const UnitSlot slot = next_unit(shared, units, params.deadline);
         if (slot.expert < 0) break;
         begin_unit(trace, slot);
-        math_unit<kGemm, false>(shared, params, slot, place, rank, position, d, trace);
+        math_unit<kGemm>(shared, params, slot, place, rank, position, d, trace);
     }
     trace.tie(CtaMark::kClockEnd, CtaMark::kGlobalEnd);
 }

@@ -5,8 +5,6 @@
 // A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of
 // each.
 //   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
-// Rows that the fused kernels scatter lie differently, each in one piece: [128 rows][136 columns], then [128][120]. An
-// odd number of 16-byte units a row, so that eight rows of a unit touch all banks; the second fits the spare place.
 // Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the
 // stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
 #pragma once
@@ -64,12 +62,12 @@ __device__ __forceinline__ Share share_of(const GemmParams& params, const UnitSl
 // --- math warps
 // -------------------------------------------------------------------------------------------------------
 
-// Waits for a place; the address of this warp's 16 rows in its first part, of `pitch` bytes each.
+// Waits for a place; the address of this warp's 16 rows in its first part.
 __device__ __forceinline__ uint32_t acquire_output(SharedStorage& shared, const Deadline& deadline, int warp_row,
-                                                   OutputPlace place, int pitch = 128) {
+                                                   OutputPlace place) {
     wait(&shared.stage_full[place.index], place.parity, deadline, Waiting::kStageFull);
     __syncwarp();
-    return ptx::smem_address(output_memory(shared, place)) + warp_row * pitch;
+    return ptx::smem_address(output_memory(shared, place)) + warp_row * 128;
 }
 
 // Hands the warp's rows to the storer.
@@ -93,26 +91,6 @@ __device__ __forceinline__ void put_part(uint32_t rows, Fragment fragment) {
     for (int j = 0; j < 8; j += 2) {
         const uint4 v = fragment(j);
         ptx::store_matrix_x4(block_address(rows, j), v.x, v.y, v.z, v.w);
-    }
-}
-
-MEGAMOE_HD constexpr int scatter_pitch(int stage) { return scatter_blocks(stage) * 16; }
-static_assert(kTileM * scatter_pitch(0) <= kStageBytes && kTileM * scatter_pitch(1) <= kSpareBytes);
-static_assert(scatter_pitch(0) + scatter_pitch(1) == 2 * kTileN);
-
-// 8 kBlocks columns of bf16, rows of 16 kBlocks bytes.
-template <int kBlocks, typename Fragment>
-__device__ __forceinline__ void put_rows(uint32_t rows, Fragment fragment) {
-    const int lane = threadIdx.x & 31;
-    const uint32_t at = rows + (lane & 15) * (kBlocks * 16) + (lane >> 4) * 16;
-#pragma unroll
-    for (int j = 0; j + 1 < kBlocks; j += 2) {
-        const uint4 v = fragment(j);
-        ptx::store_matrix_x4(at + j * 16, v.x, v.y, v.z, v.w);
-    }
-    if constexpr (kBlocks % 2 == 1) {
-        const uint4 v = fragment(kBlocks - 1);
-        ptx::store_matrix_x2(rows + (lane & 15) * (kBlocks * 16) + (kBlocks - 1) * 16, v.x, v.y);
     }
 }
 
@@ -146,10 +124,10 @@ struct Laps {
     uint32_t of[kMathWarpgroups] = {};
 };
 
-// Sends a unit's output stages of both warpgroups, by a whole warp. `send(warpgroup, share, stage, memory)` issues the
-// copies of what the place at `memory` holds; every lane may. A stage is handed back when the next one is on its way,
-// so that the SM never stops sending. Returns how many warpgroups had work.
-template <Gemm kGemm, class Send>
+// Sends a unit's output stages of both warpgroups, by a whole warp. `send(warpgroup, share, stage, part)` copies what
+// lies at `part`: on return it has been read or, where the TMA unit reads it (kByTma), will be. Returns how many
+// warpgroups had work.
+template <Gemm kGemm, bool kByTma, class Send>
 __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
                                           int rank, Position& position, Laps& laps, Trace& trace, Send&& send) {
     const Unit unit = unit_of(slot);
@@ -158,6 +136,9 @@ __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParam
     int working = 0;
 #pragma unroll
     for (int w = 0; w < kMathWarpgroups; ++w) working += share_of<kGemm>(params, slot, rank, w).works;
+    // By TMA a stage is handed back when the next one is on its way, so that the SM never stops sending. Not where
+    // gradients come in too: there, sending faster slowed what is loaded (measured: 2 to 8%).
+    const bool in_step = !kByTma || (kGemm == Gemm::kWgrad && params.accumulate);
     OutputPlace on_the_way{-1, 0};
     for (int stage = 0; stage < outputs; ++stage) {
         const OutputPlace place = position.next_output<kGemm>(stage);
@@ -171,9 +152,14 @@ __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParam
                  Waiting::kOutputFull);
             laps.of[w] ^= 1u << place.index;
             if (stage == 0) trace.mark(Mark::kFirstFull);
-            send(w, share_of<kGemm>(params, slot, rank, w), stage, output_memory(shared, place));
+            send(w, share_of<kGemm>(params, slot, rank, w), stage, output_memory(shared, place) + w * (kPartBytes / 2));
         }
-        ptx::tma_store_commit();
+        if (kByTma) ptx::tma_store_commit();
+        if (in_step) {
+            if (kByTma) ptx::tma_store_wait_read<0>();
+            release_output(shared, place, working * kWarpgroupWarps);
+            continue;
+        }
         if (on_the_way.index >= 0) {
             ptx::tma_store_wait_read<1>();
             release_output(shared, on_the_way, working * kWarpgroupWarps);
@@ -193,11 +179,11 @@ template <Gemm kGemm>
 __device__ __forceinline__ int store_unit_tma(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
                                               int rank, Position& position, Laps& laps, Trace& trace) {
     const CUtensorMap* gradient = params.expert_maps + slot.expert;
-    return store_unit<kGemm>(shared, params, slot, rank, position, laps, trace,
-                             [&](int w, const Share& share, int stage, const uint8_t* memory) {
-                                 if ((threadIdx.x & 31) != 0) return;
-                                 send_stage<kGemm>(params, share, gradient, stage, memory + w * (kPartBytes / 2));
-                             });
+    return store_unit<kGemm, true>(shared, params, slot, rank, position, laps, trace,
+                                   [&](int, const Share& share, int stage, const uint8_t* part) {
+                                       if ((threadIdx.x & 31) != 0) return;
+                                       send_stage<kGemm>(params, share, gradient, stage, part);
+                                   });
 }
 
 // Everything that this lane sent is performed.

@@ -1,5 +1,5 @@
-// Scatter: the storer sends the rows of fc2's and dgrad1's tiles by bulk copies straight into the combine slots of the
-// ranks that hold their tokens, over NVLink where those are peers.
+// Scatter: the storer copies the rows of fc2's and dgrad1's tiles straight into the combine slots of the ranks that
+// hold their tokens, over NVLink where those are peers.
 #pragma once
 #include "comm/counters.cuh"
 #include "roles/fused_params.cuh"
@@ -27,15 +27,26 @@ __device__ __forceinline__ RowTargets row_targets(const FusedParams& params, con
     return targets;
 }
 
-// A warpgroup's rows of output stage `stage`, each in one piece; a lane takes two of them.
-__device__ __forceinline__ void scatter_stage(const uint8_t* memory, int warpgroup, const RowTargets& targets,
-                                              int column, int stage) {
-    const int pitch = scatter_pitch(stage);
-    const int64_t at = int64_t{column} * 2 + (stage == 0 ? 0 : scatter_pitch(0));
+// 128 columns of 64 rows: two neighbouring parts. 16 lanes a row, 256 bytes each.
+__device__ __forceinline__ void scatter_stage(uint32_t part, const RowTargets& targets, int column) {
+    constexpr int kBatch = 4;
+    const int lane = threadIdx.x & 31;
+    const uint32_t from = part + (lane >> 3 & 1) * kPartBytes;
+    const int64_t at = int64_t{column} * 2 + (lane & 15) * 16;
+#pragma unroll 1
+    for (int first = 0; first < kWarpgroupM; first += 2 * kBatch) {
+        uint4 v[kBatch];
 #pragma unroll
-    for (int i = 0; i < kRowsPerLane; ++i) {
-        const int row = warpgroup * kWarpgroupM + (threadIdx.x & 31) + 32 * i;
-        if (targets.slot[i] != nullptr) ptx::bulk_store(targets.slot[i] + at, memory + row * pitch, pitch);
+        for (int i = 0; i < kBatch; ++i) {
+            v[i] = ptx::load_shared_v4(from + ptx::swizzle_128(first + 2 * i + (lane >> 4), lane & 7));
+        }
+        // The rows of a batch are neighbours: either all below 32 or none.
+        const uint64_t mine = reinterpret_cast<uint64_t>(first < 32 ? targets.slot[0] : targets.slot[1]);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const uint64_t slot = __shfl_sync(0xffffffffu, mine, (first + 2 * i + (lane >> 4)) & 31);
+            if (slot != 0) ptx::store_v4(reinterpret_cast<uint8_t*>(slot) + at, v[i]);
+        }
     }
 }
 
@@ -53,13 +64,11 @@ __device__ __forceinline__ void push_dweights(const FusedParams& params, const S
     }
 }
 
-// One finished unit of a row tile. Pushed -> tile flag: every lane's wait_group 0 and fence.proxy.async over its bulk
-// copies, and its plain stores of dp; barrier; one lane fence.acq_rel.sys; atom.acq_rel.gpu; whoever completes the tile
-// st.release.sys at every rank (it fences again, over what the other units' fences made cumulative).
+// One finished unit of a row tile. Pushed -> tile flag: all lanes' stores; barrier; one lane fence.acq_rel.sys;
+// atom.acq_rel.gpu; whoever completes the tile st.release.sys at every rank (signal fences again, over what the other
+// units' fences made cumulative).
 __device__ __forceinline__ void count_pushed(const FusedParams& params, int tile, int warpgroups, int all) {
     const Peers& peers = params.peers;
-    ptx::tma_store_wait_all();
-    ptx::fence_async();
     __syncwarp();
     if ((threadIdx.x & 31) != 0) return;
     random_delay();
@@ -82,10 +91,11 @@ __device__ __forceinline__ void scatter_unit(SharedStorage& shared, const FusedP
         targets[w] = row_targets(params, share_of<kGemm>(product, slot, rank, w));
     }
     const int working =
-        store_unit<kGemm>(shared, product, slot, rank, position, laps, trace,
-                          [&](int w, const Share& share, int stage, const uint8_t* memory) {
-                              scatter_stage(memory, w, w == 0 ? targets[0] : targets[1], share.column, stage);
-                          });
+        store_unit<kGemm, false>(shared, product, slot, rank, position, laps, trace,
+                                 [&](int w, const Share& share, int stage, const uint8_t* part) {
+                                     scatter_stage(ptx::smem_address(part), w == 0 ? targets[0] : targets[1],
+                                                   share.column + stage * 2 * kChunkColumns);
+                                 });
     if (working == 0) return;
     if (kGemm == Gemm::kDgrad1 && n_tile_of(unit, rank) == 0) {
         for (int w = 0; w < working; ++w) push_dweights(params, share_of<kGemm>(product, slot, rank, w));

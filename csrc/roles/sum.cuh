@@ -7,7 +7,7 @@
 namespace megamoe {
 
 constexpr int kMaxTopK = 16;
-constexpr int kTakenTokens = 2;  // tokens that a warp takes at a time
+constexpr int kSlotsAsked = 8;  // slots of a token that are looked at together
 
 // Bits of the kept slots of a token, and whether the rank that fills each has done so.
 struct TokenState {
@@ -19,15 +19,28 @@ __device__ __forceinline__ TokenState token_state(const FusedParams& params, int
     const Peers& peers = params.peers;
     const int local = params.experts / peers.ranks;
     TokenState state{0, true};
-    for (int k = 0; k < params.top_k; ++k) {
-        const int flat = token * params.top_k + k;
-        const long long row = params.slot_of[flat];
-        if (row < 0) continue;
-        state.kept |= 1u << k;
-        const int owner = params.ids[flat] / local;
-        const uint32_t flag =
-            ptx::load_relaxed_sys(tile_flag(peers, peers.rank, owner, static_cast<int>(row / kRowTile)));
-        state.filled = state.filled && static_cast<int>(flag - epoch) >= 0;
+    for (int base = 0; base < params.top_k; base += kSlotsAsked) {
+        // All of one kind of load before the next kind: one after another they cost a memory latency each.
+        int tile[kSlotsAsked], owner[kSlotsAsked];
+#pragma unroll
+        for (int i = 0; i < kSlotsAsked; ++i) {
+            const bool there = base + i < params.top_k;
+            const int flat = token * params.top_k + (there ? base + i : 0);
+            const long long row = there ? params.slot_of[flat] : -1;
+            tile[i] = row < 0 ? -1 : static_cast<int>(row / kRowTile);
+            owner[i] = params.ids[flat];
+        }
+        uint32_t flag[kSlotsAsked];
+#pragma unroll
+        for (int i = 0; i < kSlotsAsked; ++i) {
+            flag[i] =
+                tile[i] < 0 ? epoch : ptx::load_relaxed_sys(tile_flag(peers, peers.rank, owner[i] / local, tile[i]));
+        }
+#pragma unroll
+        for (int i = 0; i < kSlotsAsked; ++i) {
+            if (tile[i] >= 0) state.kept |= 1u << (base + i);
+            state.filled = state.filled && static_cast<int>(flag[i] - epoch) >= 0;
+        }
     }
     return state;
 }
@@ -62,11 +75,11 @@ __device__ __forceinline__ void sum_slots(const FusedParams& params, int token, 
     }
 }
 
-// At most kTakenTokens of the set bits, from a place of the warp's own on: many warps sweep over few blocks at the end.
-__device__ __forceinline__ unsigned pick_tokens(unsigned filled) {
+// At most `most` of the set bits, from a place of the warp's own on: many warps sweep over few blocks at the end.
+__device__ __forceinline__ unsigned pick_tokens(unsigned filled, int most) {
     const unsigned turn = (blockIdx.x * 5 + threadIdx.x / 32 * 11) & 31;
     unsigned rest = __funnelshift_r(filled, filled, turn), picked = 0;
-    for (int i = 0; i < kTakenTokens && rest != 0; ++i) {
+    for (int i = 0; i < most && rest != 0; ++i) {
         const unsigned lowest = rest & (0u - rest);
         picked |= lowest;
         rest ^= lowest;
@@ -75,14 +88,14 @@ __device__ __forceinline__ unsigned pick_tokens(unsigned filled) {
 }
 
 // Takes filled tokens of one block that no other warp has; returns how many it summed. Whole warp.
-template <int kBatch>
+template <int kBatch, int kTakenTokens>
 __device__ __forceinline__ int sum_block(const FusedParams& params, int block, uint32_t epoch) {
     const int lane = threadIdx.x & 31;
     const int token = block * 32 + lane;
     unsigned taken = *const_cast<volatile unsigned*>(params.counters.taken + block);
     TokenState state{0, false};
     if (token < params.tokens && !(taken >> lane & 1)) state = token_state(params, token, epoch);
-    unsigned mine = pick_tokens(__ballot_sync(0xffffffffu, state.filled));
+    unsigned mine = pick_tokens(__ballot_sync(0xffffffffu, state.filled), kTakenTokens);
     if (mine == 0) return 0;
     if (lane == 0) taken = atomicOr(params.counters.taken + block, mine);
     mine &= ~__shfl_sync(0xffffffffu, taken, 0);
@@ -119,8 +132,9 @@ __device__ __forceinline__ int missing_rank(const FusedParams& params, int token
 }
 
 // Sweeps until all tokens are summed. Whole warp. Only after this rank's units have all been handed out or by warps
-// that no unit needs: a CTA that waited here for its own tiles would wait for ever.
-template <int kBatch>
+// that no unit needs: a CTA that waited here for its own tiles would wait for ever. kTakenTokens: that a warp takes at
+// a time.
+template <int kBatch, int kTakenTokens>
 __device__ void sum_tokens(const FusedParams& params, uint64_t& seen) {
     const Peers& peers = params.peers;
     const int lane = threadIdx.x & 31;
@@ -138,7 +152,7 @@ __device__ void sum_tokens(const FusedParams& params, uint64_t& seen) {
         summed = __shfl_sync(0xffffffffu, summed, 0);
         if (summed >= params.tokens) return;
         if (summed != before) before = summed, start = ptx::global_nanoseconds();
-        const int count = sum_block<kBatch>(params, block, epoch);
+        const int count = sum_block<kBatch, kTakenTokens>(params, block, epoch);
         if (count != 0) {
             if (lane == 0) atomicAdd(params.counters.summed, count);
             idle = 0;

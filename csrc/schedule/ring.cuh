@@ -39,9 +39,6 @@ constexpr int kGradColumns = 32;                   // fp32 columns of a part
 constexpr int kGradParts = kTileN / kGradColumns;  // parts of a gradient tile
 constexpr int kGradStages = ceil_div(kGradParts, kParts);
 
-// Blocks of 8 columns in an output stage of rows to scatter. A function: device code cannot index a constexpr array.
-MEGAMOE_HD constexpr int scatter_blocks(int stage) { return stage == 0 ? 17 : 15; }
-
 // Position in a ring of kCount slots: index and the parity of the lap.
 template <int kCount>
 struct Cursor {
