@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from megamoe_train import placement
@@ -32,7 +33,7 @@ def run(request: Request, *, verbose: bool) -> int:
             if rank == 0:
                 console.say(_nothing_left(job))
             return 0
-        prepared = _prepare(job, console)
+        prepared = prepare_data(job, console.say)
         claim = claim_folder(request.out) if rank == 0 else None
     except Exception as error:
         return _fail(error, console, rank)
@@ -127,7 +128,7 @@ def _crash(error: Exception, console: Console, rank: int) -> int:
     return 1
 
 
-def _prepare(job: Job, console: Console) -> prepare.Prepared | None:
+def prepare_data(job: Job, say: Callable[[str], None]) -> prepare.Prepared | None:
     """Tokens of a text source. The first rank of each machine works, the others wait for what it writes; if it fails
     it leaves no empty folder, and whoever started the ranks ends the others."""
     folder = job.text_folder
@@ -137,7 +138,7 @@ def _prepare(job: Job, console: Console) -> prepare.Prepared | None:
         time.sleep(0.1)
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
-        return prepare.prepare(job.source, job.args.vocab_size, folder.parent, job.args.seq_length + 1, console.say)
+        return prepare.prepare(job.source, job.args.vocab_size, folder.parent, job.args.seq_length + 1, say)
     except ValueError:
         (folder.parent / "lock").unlink(missing_ok=True)
         for parent in made:
