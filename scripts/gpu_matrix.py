@@ -23,7 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import trainings
+
 STEPS = 6
 ROW_SECONDS = 240  # for one row, both runs and its share of the start
 
@@ -132,20 +133,15 @@ def arguments_of(name: str, dispatcher: str, backend: str, on_gpu: bool) -> list
     return [*words, "--megamoe-backend", backend, *chosen.ours] if dispatcher == "megamoe" else words
 
 
-# What one run gives: losses and gradient norms of the steps; empty on ranks that have no loss.
 def train(words: list[str]) -> tuple[list[float], list[float]]:
-    """One whole `pretrain()` on the process group of this worker."""
+    """One whole `pretrain()` on random tokens: losses and gradient norms, nan on ranks that have no loss."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
-    from megatron.core.enums import ModelType
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.core.transformer.moe import moe_logging
-    from megatron.training import get_args, pretrain, training
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training import get_args
     from megatron.training.arguments import parse_and_validate_args
 
     from megamoe_train import install
-    from megamoe_train.training import model
 
     def datasets(num_samples, vp_stage=None):
         args = get_args()
@@ -162,23 +158,12 @@ def train(words: list[str]) -> tuple[list[float], list[float]]:
         return BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, lambda: True, config).build()
 
     datasets.is_distributed = True
-    install(backend="auto", recompute=None, experts="paired")
-    steps: list[tuple[float, float]] = []
-    original, argv = training.training_log, sys.argv
-
-    def training_log(losses, *args, **kwargs):
-        steps.append((float(losses.get("lm loss", float("nan"))), float(args[6])))  # the gradient norm (0.19.2)
-        return original(losses, *args, **kwargs)
-
-    training.training_log, sys.argv = training_log, [sys.argv[0], *words]
+    install(backend="auto", recompute=None, experts="paired", sizing="high_water", capacity=0)
+    argv, sys.argv = sys.argv, [sys.argv[0], *words]
     try:
-        args = parse_and_validate_args()
-        config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-        pretrain(config, datasets, ModelType.encoder_or_decoder, model.forward_step)
+        steps = trainings.pretrain_once(parse_and_validate_args(), datasets)
     finally:
-        training.training_log, sys.argv = original, argv
-        training.destroy_global_state()
-        moe_logging.destroy_moe_metrics_tracker()
+        sys.argv = argv
     return [loss for loss, _ in steps], [norm for _, norm in steps]
 
 
@@ -226,16 +211,14 @@ def run_rows(names: list[str], ranks: int, backend: str, folder: Path) -> dict[s
     left = list(names)
     while left:
         log = folder / f"worker-{len(found)}.log"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [__file__, "--work", json.dumps(left), "--backend", backend, "--answers", str(answers)]
-        environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment.setdefault("OMP_NUM_THREADS", "1")
+        options = ("--work", json.dumps(left), "--backend", backend, "--answers", str(answers))
+        command, environment = trainings.torchrun(ranks, "gpu_matrix.py", *options)
+        environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         environment.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         environment.setdefault("NCCL_ALGO", "Ring")  # --deterministic-mode asks for this and the next
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with log.open("w") as output:
-            worker = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            worker = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=trainings.ROOT)
             status = _wait(worker, answers, ROW_SECONDS)
         lines = answers.read_text().splitlines() if answers.exists() else []
         found |= {answer["row"]: answer for answer in map(json.loads, lines)}

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
 
+from megamoe_train.megatron import workspaces
 from megamoe_train.training import checkpointing
 from megamoe_train.training.console import Console
 from megamoe_train.training.load import ExpertLoad, LayerLoad
@@ -122,6 +123,7 @@ class Watch:
         result = original(losses, total_losses, learning_rate, iteration, *rest, **more)
         self.step = iteration
         load = self._load.read()  # reads the GPU, so the clock stands when the step is done
+        workspaces.check()  # before this step may be saved
         now = time.perf_counter()
         if self.speaks:
             self._record(get_args(), losses, learning_rate, grad_norm, load, now - self._mark)
