@@ -1,10 +1,10 @@
 """The same training twice, by alltoall and by megamoe: losses in one plot, gradients by the 2x rule, times and memory.
 
-    python scripts/compare_training.py --out runs/compare                  # V4-Flash proxy, 2 GPUs, 200 steps
-    python scripts/compare_training.py --out runs/compare --only curves --noise-runs 3    # and how far rounding moves alltoall
-    python scripts/compare_training.py --out runs/check --only gradients --faults weight wgrad slot clamp --noise-runs 3 \\
-        --set num-layers=2 --set num-experts=8 --set activation-func-clamp-value=0.5
-    python scripts/compare_training.py --recipe debug --steps 20 --backend reference --set bf16=true --out runs/compare   # CPU
+    python scripts/compare_training.py                                  # V4-Flash proxy, 2 GPUs, 200 steps
+    python scripts/compare_training.py --only curves --noise-runs 3     # and how far rounding moves alltoall
+    python scripts/compare_training.py --only gradients --faults weight wgrad slot clamp --noise-runs 3 \\
+        --set num-layers=2 --set num-experts=8 --set activation-func-clamp-value=0.5 --out runs/check
+    python scripts/compare_training.py --recipe debug --steps 20 --backend reference --set bf16=true   # on the CPU
 
 *Curves*: same recipe, seed, data and order, each run in processes of its own; Megatron's experts (TEGroupedMLP where
 TransformerEngine is installed, SequentialMLP where it is not) under alltoall, the fused call on the same parameters

@@ -63,6 +63,7 @@ class Tap:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         from megatron.training import training
+
         from training_faults import replaced
 
         with (

@@ -21,7 +21,10 @@ def torchrun(ranks: int, script: str, *options: str) -> tuple[list[str], dict[st
 
 
 def pretrain_once(
-    args: Namespace, datasets: Callable, forward_step: Callable | None = None
+    args: Namespace,
+    datasets: Callable,
+    forward_step: Callable | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> list[tuple[float, float]]:
     """Megatron's `pretrain()` on the process group of this process; nothing of it stays behind.
 
@@ -43,6 +46,8 @@ def pretrain_once(
         # The gradient norm stands there in 0.19.2; None on ranks without one.
         norm = rest[6]
         steps.append((float(losses.get("lm loss", float("nan"))), float("nan") if norm is None else float(norm)))
+        if after_step is not None:
+            after_step(len(steps))
         return original(losses, *rest, **more)
 
     training.training_log = training_log

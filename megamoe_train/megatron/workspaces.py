@@ -41,9 +41,7 @@ def tokens_of(args: Namespace) -> int:
     return sequence * max(args.micro_batch_size, getattr(args, "eval_micro_batch_size", None) or 0)
 
 
-def planner(
-    layer: MoELayer, ep_group: dist.ProcessGroup, options: Options
-) -> Callable[[Tensor], backends.Plan] | None:
+def planner(layer: MoELayer, ep_group: dist.ProcessGroup, options: Options) -> Callable[[Tensor], backends.Plan] | None:
     """What makes a plan of ids `[T,K]` for a layer with paired experts; None where the reference serves it.
 
     Collective over the group where its workspace has to be made. Raises ValueError where `tokens` is needed and None.
