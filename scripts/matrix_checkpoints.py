@@ -38,6 +38,7 @@ class Place:
 
     def __post_init__(self):
         self.text = pretrain_runs.write_text(self.folder / "topics.txt")
+        self.said: dict[str, str] = {}
         self.whole = functools.cache(self._whole)
         # Inherited by every run; --deterministic-mode asks for them.
         for name, value in (("NCCL_ALGO", "Ring"), ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
@@ -54,6 +55,7 @@ class Place:
             **steps, log_interval=1, deterministic_mode="true", **backend, **changes,
         )  # fmt: skip
         found, said = pretrain_runs.run(options, on_line)
+        self.said[name] = said
         if found != status:
             tail = " / ".join(said.splitlines()[-3:])
             raise RuntimeError(f"{name} ended with status {found}, not {status}: {tail}")
@@ -138,7 +140,8 @@ def _same(place: Place, whole: str, name: str, said: str) -> str:
     apart = sorted(key for key, value in found.items() if expected.get(key) != value)
     if apart or (STEPS, "loss") not in found:
         raise Differs(f"{said}; not bitwise: {', '.join(f'{name} of step {step}' for step, name in apart[:3])}")
-    return f"{said}, {len(found)} numbers equal to the bit"
+    numbers = sum(key != "step" for _, key in found)
+    return f"{said}, {numbers} numbers equal to the bit"
 
 
 def _apart(place: Place, whole: str, name: str) -> tuple[float, float]:

@@ -28,6 +28,17 @@ SMALL = {
 }
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(name: str, *options: str) -> tuple[int, str]:
+    """A script of scripts/, run to its end: exit status and what it said."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / name), *options]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=280)
+    return done.returncode, done.stdout
+
+
 def write_text(path: Path) -> Path:
     """A real text of about 100 KB, as a .txt file: documentation topics that Python carries."""
     from pydoc_data import topics

@@ -18,6 +18,7 @@ from megamoe_train.megatron.validate import validate
 from megamoe_train.workspace import SIZINGS
 
 CONFIG_OPTION = flat_yaml.OPTION
+GROUP = "megamoe_train"  # of our options, in --help
 GIVEN = ("backend", "recompute", "experts", "sizing", "capacity")  # --megamoe-NAME is the field NAME of Options
 TYPE_OPTION, OUR_OPTION = "--moe-token-dispatcher-type", "--moe-dispatcher"
 
@@ -49,11 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser._option_string_actions["--yaml-cfg"].type = _refuse_nested_yaml
     if not torch.cuda.is_available():
         parser.set_defaults(distributed_backend="gloo")  # nccl, the default, cannot work here
-    group = parser.add_argument_group("megamoe_train")
+    group = parser.add_argument_group(GROUP)
     group.add_argument(
         OUR_OPTION, choices=their_type.choices, help=f"megamoe turns the layer on; short for {TYPE_OPTION}"
     )
-    group.add_argument(CONFIG_OPTION, metavar="FILE.yaml", help="flat YAML: each `key: value` is read as `--key value`")
+    group.add_argument(
+        CONFIG_OPTION,
+        metavar="FILE.yaml",
+        help="flat YAML: each `key: value` is read as `--key value`; the command line wins; an unknown key is an error",
+    )
     group.add_argument(
         "--megamoe-backend",
         choices=BACKENDS,

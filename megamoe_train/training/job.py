@@ -57,6 +57,7 @@ def _take_place(request: Request, num_ranks: int) -> list[object]:
     import torch
 
     num_gpus = torch.cuda.device_count()
+    machine.check_driver(num_gpus, torch.version.cuda)  # torchrun and srun start ranks that no launcher of ours saw
     recipe, table, _ = check_early(request, num_ranks, num_gpus)
     for name, value in recipe.env.items():  # before there is a CUDA context, which reads some of them
         os.environ.setdefault(name, value)
