@@ -12,8 +12,8 @@ under megamoe. A noise run is alltoall with every initial weight moved by one un
 down; megamoe has to stay within the largest distance of the noise runs. Step times are medians over the steps after
 the first `--skip`; memory is the largest of any rank. A run that `--out` holds already is not repeated.
 
-*Gradients*: of every parameter at `--gradient-steps`, against fp32 (training_gradients.py). `--faults` trains megamoe
-with known faults (training_faults.py), each of which has to be noticed.
+*Gradients*: of every parameter at `--gradient-steps`, beside what alltoall makes of the same step in bf16 and in fp32
+(training_gradients.py). `--faults` trains megamoe with known faults (training_faults.py): each has to be noticed.
 
 Writes compare.json and compare.png, and prints a table. Exit status 1 where a check fails.
 """
@@ -33,7 +33,7 @@ from statistics import median
 
 import training_checks
 import trainings
-from training_faults import FAULTS
+from training_faults import FAULTS, replaced
 
 PROXY = "deepseek_v4_flash_proxy_{}gpu_h100_bf16"
 
@@ -99,26 +99,24 @@ def rank(case: dict) -> int:
 
 @contextlib.contextmanager
 def moved_weights(seed: int) -> Iterator[None]:
-    """Inside, after Megatron's `get_model` each weight is its upper or lower neighbour in its own type."""
+    """Inside, each weight is moved to its upper or lower neighbour in its own type before an optimizer is made of it,
+    which then starts from what was moved."""
     from megamoe_train.megatron.install import install
 
     install()
     from megatron.training import training
 
-    original = training.get_model
+    def wrap(original):
+        def get_megatron_optimizer(config, chunks, *rest, **more):
+            for number, chunk in enumerate(chunks):
+                for name, parameter in chunk.named_parameters():
+                    move(parameter.data, seed, f"{number} {name}", shared=getattr(parameter, "allreduce", True))
+            return original(config, chunks, *rest, **more)
 
-    def get_model(*args, **kwargs):
-        chunks = original(*args, **kwargs)
-        for number, chunk in enumerate(chunks):
-            for name, parameter in chunk.named_parameters():
-                move(parameter.data, seed, f"{number} {name}", shared=getattr(parameter, "allreduce", True))
-        return chunks
+        return get_megatron_optimizer
 
-    training.get_model = get_model
-    try:
+    with replaced(training, "get_megatron_optimizer", wrap):
         yield
-    finally:
-        training.get_model = original
 
 
 def move(weight, seed: int, name: str, *, shared: bool) -> None:

@@ -15,7 +15,10 @@ SHOWN = 3  # parameters that break the rule, in the table
 def runs_of(steps: list[int], noise_runs: int, faults: list[str]) -> list[dict]:
     """What the ranks train, one after another. A fault has to show in its first gradients, and in the whole curve."""
     last = max(steps)
-    runs = [{"name": name, "dispatcher": name, "steps": last, "gradients": steps} for name in ("alltoall", "megamoe")]
+    runs = [
+        {"name": "alltoall", "dispatcher": "alltoall", "steps": last, "gradients": []},
+        {"name": "megamoe", "dispatcher": "megamoe", "steps": last, "gradients": steps},
+    ]
     runs += [
         {"name": f"noise-{n}", "dispatcher": "alltoall", "steps": last, "gradients": [], "noise": n}
         for n in range(1, noise_runs + 1)
@@ -45,21 +48,24 @@ def launch(case: dict, ranks: int, folder: Path, env: dict[str, str]) -> dict:
 def report_of(answers: dict, faults: list[str]) -> dict:
     """Every check with `passed`: ours passes where it keeps the rule, a fault where it breaks one."""
     errors, losses = answers["errors"], answers["losses"]
-    theirs = errors["alltoall"]
-    gradients = {step: judge(errors["megamoe"][step], theirs[step]) for step in theirs}
+
+    def judged(name: str) -> dict[str, dict]:
+        return {step: judge(both["ours"], both["alltoall"]) for step, both in errors[name].items()}
+
+    gradients = judged("megamoe")
     found = {"losses": losses, "gradients": gradients, "faults": {}}
     envelope = noise_of(losses)
     for fault in faults:
         name = f"fault {fault}"
-        by_gradients = {step: judge(errors[name][step], theirs[step]) for step in errors[name]}
+        by_gradients = judged(name)
         apart = distance(losses[name], losses["alltoall"])
         found["faults"][fault] = {
             "gradients": by_gradients,
             "distance": apart,
-            "by_gradients": any(judged["broken"] for judged in by_gradients.values()),
+            "by_gradients": any(one["broken"] for one in by_gradients.values()),
             "by_curve": bool(envelope) and not within(apart, envelope),
         }
-    found["passed"] = not any(judged["broken"] for judged in gradients.values()) and all(
+    found["passed"] = not any(one["broken"] for one in gradients.values()) and all(
         fault["by_gradients"] or fault["by_curve"] for fault in found["faults"].values()
     )
     return found
@@ -74,8 +80,13 @@ def distance(one: list[float], other: list[float]) -> dict[str, float]:
 
 
 def noise_of(losses: dict[str, list[float]]) -> dict[str, float] | None:
-    """The envelope: the largest of both distances of any noise run. None without noise runs."""
+    """The envelope: the largest of both distances of any noise run. None without noise runs.
+
+    Raises RuntimeError for a noise run that is alltoall's to the bit: then no weight was moved.
+    """
     apart = [distance(curve, losses["alltoall"]) for name, curve in losses.items() if name.startswith("noise")]
+    if any(one["max"] == 0 for one in apart):
+        raise RuntimeError("a noise run is equal to alltoall's: its weights were not moved")
     return {key: max(one[key] for one in apart) for key in ("max", "mean")} if apart else None
 
 

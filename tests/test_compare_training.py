@@ -49,7 +49,7 @@ def test_two_trainings_are_compared_and_drawn(tmp_path):
 def test_gradients_keep_the_2x_rule_and_every_fault_breaks_it(tmp_path):
     small_clamp = {"bf16": "true", "activation_func_clamp_value": 0.5}  # one that binds from the first step on
     command = options(tmp_path / "g", "--only", "gradients", "--gradient-steps", "1", "3", **small_clamp)
-    status, said = run_script("compare_training.py", *command, "--faults", *FAULTS)
+    status, said = run_script("compare_training.py", *command, "--noise-runs", "1", "--faults", *FAULTS)
     assert status == 0, said
     checks = json.loads((tmp_path / "g" / "compare.json").read_text())["gradient_checks"]
     assert list(checks["gradients"]) == ["1", "3"] and checks["passed"]
@@ -57,6 +57,8 @@ def test_gradients_keep_the_2x_rule_and_every_fault_breaks_it(tmp_path):
         assert judged["parameters"] >= 2 * (2 * 4 + 8)  # both ranks: four experts' two matrices, and what is shared
         for error in judged["median_error"]:
             assert 1e-3 < error < 0.1  # of bf16, so the truth is of these very weights, batches and choices
+    noise = checks["losses"]["noise-1"]
+    assert 0 < abs(noise[0] - checks["losses"]["alltoall"][0]) < 0.01  # from the first step on
     assert list(checks["faults"]) == list(FAULTS)
     assert [fault["by_gradients"] for fault in checks["faults"].values()] == [True] * len(FAULTS)
     lost = {one["parameter"] for one in checks["faults"]["wgrad"]["gradients"]["1"]["broken"]}
@@ -102,9 +104,13 @@ def test_the_2x_rule():
 
 def answers(*, fault_error: float, fault_loss: float, ours: float = 0.01) -> dict:
     """What the ranks of a comparison bring, with one noise run and the fault `slot`."""
-    errors = {"alltoall": 0.01, "megamoe": ours, "fault slot": fault_error}
+    errors = {"megamoe": ours, "fault slot": fault_error}
     losses = {"alltoall": [2.0, 1.0], "megamoe": [2.0, 1.0], "noise-1": [2.0, 1.01], "fault slot": [2.0, fault_loss]}
-    return {"errors": {name: {"1": {"w": [error, 0.0, 1.0]}} for name, error in errors.items()}, "losses": losses}
+    found = {
+        name: {"1": {"ours": {"w": [error, 0.0, 1.0]}, "alltoall": {"w": [0.01, 0.0, 1.0]}}}
+        for name, error in errors.items()
+    }
+    return {"errors": found, "losses": losses}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +128,11 @@ def test_a_fault_that_nothing_notices_fails_the_comparison(case, passed, verdict
     report = training_checks.report_of(answers(**case), ["slot"])
     assert report["passed"] == passed
     assert verdict in training_checks.table(report)
+
+
+def test_noise_that_moved_nothing_is_an_error():
+    with pytest.raises(RuntimeError, match="its weights were not moved"):
+        training_checks.noise_of({"alltoall": [2.0, 1.0], "noise-1": [2.0, 1.5], "noise-2": [2.0, 1.0]})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
