@@ -47,7 +47,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--verbose", action="store_true", help="show Megatron's output too, instead of logging it")
     parser.add_argument(
-        "--log-layers", type=int, default=0, metavar="N", help="every N steps, the expert load of each layer"
+        "--log-layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="every N steps, of each layer the expert load, and on a GPU the time and overlap of its passes",
     )
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines that this command runs on")
     parser.add_argument("--rdzv-endpoint", default="", metavar="HOST:PORT", help="where several machines meet")

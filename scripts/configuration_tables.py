@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import sys
@@ -54,6 +55,22 @@ def command_table() -> str:
     return table(("option", "meaning"), rows)
 
 
+def megatron_table() -> str:
+    """Our options in Megatron's parser, as it has them after `patch_parser`: the meaning is argparse's help."""
+    from megamoe_train.megatron import arguments
+
+    arguments.patch_parser()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    (group,) = (group for group in parser._action_groups if group.title == arguments.GROUP)
+    rows = []
+    for action in group._group_actions:
+        value = "|".join(action.choices) if action.choices else action.metavar or action.dest.upper()
+        rows.append((f"`{action.option_strings[0]} {value}`", action.help))
+    return table(("option", "meaning"), rows)
+
+
 def recipe_table() -> str:
     """Every recipe with TransformerEngine: what it trains, and what the memory model says at the GPUs of its name."""
     from megamoe_train import memory, recipes
@@ -81,7 +98,12 @@ def stand_in_table() -> str:
 
 
 TABLES = {
-    PAGE: {"environment": environment_table, "fields": field_table, "command": command_table},
+    PAGE: {
+        "environment": environment_table,
+        "fields": field_table,
+        "command": command_table,
+        "megatron": megatron_table,
+    },
     RECIPES_PAGE: {"recipes": recipe_table, "stand-ins": stand_in_table},
 }
 

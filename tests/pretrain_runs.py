@@ -7,8 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import psutil
+
+from megamoe_train.training import checkpointing
 
 SMALL = {
     "num-layers": 2,
@@ -21,6 +26,17 @@ SMALL = {
     "global-batch-size": 8,
     "eval-iters": 2,
 }
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(name: str, *options: str) -> tuple[int, str]:
+    """A script of scripts/, run to its end: exit status and what it said."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / name), *options]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=280)
+    return done.returncode, done.stdout
 
 
 def write_text(path: Path) -> Path:
@@ -64,6 +80,41 @@ def run(options: list[str], on_line: Callable[[str, subprocess.Popen], None] | N
             if on_line:
                 on_line(line, process)
         return process.wait(), "".join(said)
+
+
+def kill_after(step: int) -> Callable[[str, subprocess.Popen], None]:
+    """Kills all ranks, without mercy, when they have said that `step` is done: somewhere in what follows it."""
+
+    def on_line(line: str, process: subprocess.Popen) -> None:
+        if _tells(line, step):
+            _kill_ranks(process)
+
+    return on_line
+
+
+def kill_while_saving(out: Path, step: int) -> Callable[[str, subprocess.Popen], None]:
+    """Kills all ranks as soon as the folder of the checkpoint of `step` appears."""
+    folder = checkpointing.folder_of(out / "checkpoints", step)
+
+    def on_line(line: str, process: subprocess.Popen) -> None:
+        if not _tells(line, step - 1):
+            return
+        until = time.monotonic() + 120
+        while not folder.exists() and time.monotonic() < until:
+            time.sleep(0.002)
+        _kill_ranks(process)
+
+    return on_line
+
+
+def _tells(line: str, step: int) -> bool:
+    words = line.split()
+    return words[:1] == ["step"] and len(words) > 1 and words[1].startswith(f"{step}/")
+
+
+def _kill_ranks(process: subprocess.Popen) -> None:
+    for rank in psutil.Process(process.pid).children():
+        rank.kill()
 
 
 TIMINGS = ("tokens_per_s", "tflops", "mfu", "allocated_gib", "reserved_gib")

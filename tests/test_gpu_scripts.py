@@ -7,36 +7,36 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests import pretrain_runs
+from tests.pretrain_runs import run_script
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import compare_training  # noqa: E402
 import gpu_matrix  # noqa: E402
-
-
-def run_script(name: str, *options: str) -> tuple[int, str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / name), *options]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=280)
-    return done.returncode, done.stdout
+import matrix_checkpoints  # noqa: E402
+import matrix_memory  # noqa: E402
+import matrix_rows  # noqa: E402
 
 
 def test_the_matrix_says_what_ran_what_failed_and_what_did_not_run(tmp_path):
     out = tmp_path / "table.json"
-    names = ["EP=2", "PP=2 x EP=2", "TransformerEngine: EP=1, DDP"]
+    names = ["EP=2", "PP=2 x EP=2", "TransformerEngine: EP=1, DDP", "500 steps*fixed*"]
     status, said = run_script("gpu_matrix.py", "--backend", "reference", "--out", str(out), "--rows", *names)
     table = json.loads(out.read_text())
-    ran, four, engine = table["rows"]
+    ran, four, engine, memory = table["rows"]
     assert status == 0 and (table["device"], table["ranks"]) == ("CPU", 2), said
     assert ran["row"] == "EP=2" and ran["first_difference"] < 2e-6 and ran["norm_difference"] < 1e-3
     theirs, ours = ran["losses"]
     assert len(theirs) == len(ours) == gpu_matrix.STEPS and theirs[-1] < theirs[0]
     assert four == {"row": "PP=2 x EP=2", "not_run": "needs 4 ranks, 2 are here"}
     assert engine["not_run"] == "TransformerEngine is not installed"
-    assert [line.split("|")[2].strip() for line in said.splitlines()[3:]] == ["ran", "not run", "not run"]
+    assert memory["not_run"] == "reads a GPU's memory, none is here"
+    assert [line.split("|")[2].strip() for line in said.splitlines()[3:]] == ["ran", *3 * ["not run"]]
 
 
 def test_a_row_that_breaks_its_processes_costs_the_others_nothing(tmp_path, monkeypatch):
@@ -72,6 +72,17 @@ for name in left:
     assert gpu_matrix.difference([2.0] * 6, [2.0] * 5 + [float("nan")]) == float("inf")
     with pytest.raises(ValueError, match="curves of 5 and 6 steps"):
         gpu_matrix.difference([1.0] * 5, [1.0] * 6)
+    for reserved, state in (([100, 102], "ran"), ([100, 103], "differs"), ([0, 0], "differs")):
+        assert gpu_matrix.state_of({"reserved": reserved}, (1e-6, 1e-3)) == state
+
+
+def test_rows_are_chosen_by_name_and_by_pattern():
+    everything = gpu_matrix.chosen(None)
+    assert set(everything) == set(matrix_rows.ROWS) | set(matrix_checkpoints.ROWS)
+    assert gpu_matrix.chosen(["checkpoint*"]) == list(matrix_checkpoints.ROWS)
+    assert gpu_matrix.chosen(["MTP", "EP=2"]) == ["EP=2", "MTP"]
+    with pytest.raises(ValueError, match="unknown row: EP=3"):
+        gpu_matrix.chosen(["EP=2", "EP=3"])
 
 
 PARSE = """
@@ -107,68 +118,78 @@ def test_every_row_is_a_command_line_that_megatron_and_the_layer_accept():
     assert {name: answer for name, answer in answers.items() if answer != "accepted"} == {}
 
 
-def test_two_trainings_are_compared_and_drawn(tmp_path):
-    small = {
-        "num-layers": 1,
-        "num-experts": 8,
-        "moe-router-topk": 2,
-        "seq-length": 32,
-        "vocab-size": 512,
-        "eval-iters": 1,
-    }
-    sets = [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
-    options = [
-        "--recipe",
-        "debug",
-        "--steps",
-        "5",
-        "--skip",
-        "1",
-        "--backend",
-        "reference",
-        "--out",
-        str(tmp_path / "c"),
-    ]
-    status, said = run_script("compare_training.py", *options, *sets)
-    assert status == 0, said
-    report = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert report["tokens_per_step"] == 8 * 32
-    assert [row["dispatcher"] for row in report["summary"].values()] == ["alltoall", "megamoe, backend reference"]
-    assert report["distance_from_alltoall"]["megamoe"]["max"] < 1e-4
-    for row in report["summary"].values():
-        assert row["tokens_per_s"] == pytest.approx(256e3 / row["step_ms"]) and row["tflops_per_gpu"] > 0
-        assert row["mfu"] is None and row["last_loss"] < row["first_loss"]
-    assert len((tmp_path / "c" / "compare.png").read_bytes()) > 20_000
-    assert not list((tmp_path / "c").rglob("*.distcp"))
-    assert "|megamoe - alltoall|: max " in said
+def test_zipf_loads_change_and_are_alike_on_all_ranks():
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    given = []
+    original, TopKRouter.routing = TopKRouter.routing, lambda self, logits: given.append(logits)
+    try:
+        for _ in range(2):  # two ranks, each from its first call
+            with matrix_memory.zipf_load():
+                for _ in range(3):
+                    TopKRouter.routing(None, torch.zeros(4096, 1, 8))
+        assert TopKRouter.routing.__name__ == "<lambda>"
+    finally:
+        TopKRouter.routing = original
+    chosen = [logits.view(-1, 8).argmax(1) for logits in given]
+    loads = torch.stack([torch.bincount(one, minlength=8) for one in chosen]).double() / 4096
+    for call in range(3):
+        law = matrix_memory.bias(call, 8).softmax(0).double()
+        for load in (loads[call], loads[call + 3]):
+            assert (load - law).abs().max() < 0.03  # four times what a draw of 4096 strays
+    assert (loads[0] - loads[1]).abs().max() > 0.1
+    assert not torch.equal(chosen[0], chosen[3])  # other tokens, though the same law
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_noise_moves_every_weight_by_one_unit_in_the_last_place(dtype, monkeypatch):
-    weight = torch.randn(64, 32).to(dtype)
-    moved, again, other = (weight.clone() for _ in range(3))
-    compare_training.move(moved, 1, "layer", shared=True)
-    compare_training.move(again, 1, "layer", shared=True)
-    compare_training.move(other, 2, "layer", shared=True)
-    assert torch.equal(moved, again) and not torch.equal(moved, other)
-    infinity = torch.full_like(weight, float("inf"))
-    up, down = torch.nextafter(weight, infinity), torch.nextafter(weight, -infinity)
-    assert ((moved == up) | (moved == down)).all() and (moved == up).any() and (moved == down).any()
-    experts = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        experts.append(weight.clone())
-        compare_training.move(experts[-1], 1, "expert", shared=False)
-    assert not torch.equal(*experts)
+def test_a_checkpoint_of_one_dispatcher_goes_on_with_the_other(tmp_path):
+    place = matrix_checkpoints.Place(tmp_path, "reference", False, (2e-6, 1e-3))
+    answer = matrix_checkpoints.run_row("checkpoint: saved with alltoall, loaded with megamoe", place)
+    assert answer["state"] == "ran", answer["said"]
+    assert "moe dispatcher megamoe" in place.said["alltoall to megamoe"]
+    answer = matrix_checkpoints.run_row(
+        "checkpoint: saved with alltoall, loaded with megamoe",
+        SimpleNamespace(gone_on=lambda *_: "whole alltoall", losses=place.losses, limits=(-1.0, 1.0)),
+    )
+    assert answer["state"] == "differs"
 
 
-def test_summary_and_distance():
-    def steps(*losses: float) -> list[dict]:
-        return [{"loss": loss, "tokens_per_s": 1000.0 * (n + 1), "tflops": 2.0} for n, loss in enumerate(losses)]
+class Runs:
+    """In place of the command: each run writes the metrics it is told to, and says where it began."""
 
-    memory = [{"allocated": 3 << 30, "reserved": 4 << 30}, {"allocated": 5 << 30, "reserved": 6 << 30}]
-    one = {"name": "alltoall", "dispatcher": "alltoall", "steps": steps(3.0, 2.0, 1.0), "memory": memory}
-    other = one | {"steps": steps(3.0, 2.5, 1.25)}
-    assert compare_training.distance(one, other) == {"max": 0.5, "mean": 0.25}
-    found = compare_training.summary(one, 1, 6000)
-    assert (found["step_ms"], found["peak_allocated_gib"], found["last_loss"]) == (2500.0, 5.0, 1.0)
+    def __init__(self, *told: tuple[dict, int, str]):
+        self.told, self.options = list(told), []
+
+    def __call__(self, options, on_line):
+        changed, status, said = self.told.pop(0)
+        self.options.append(options)
+        out = Path(options[1])
+        out.mkdir(parents=True, exist_ok=True)
+        lines = [{"step": step, "loss": 1 / step} | changed.get(step, {}) for step in range(1, 13)]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for step in (4, 8) if status == 137 else ():
+            folder = out / "checkpoints" / f"iter_{step:07d}"
+            folder.mkdir(parents=True)
+            if step == 4:
+                (folder / "metadata.json").write_text("{}")
+        return status, said
+
+
+WHOLE, KILLED = ({}, 0, ""), ({}, 137, "")
+
+
+@pytest.mark.parametrize(
+    ("runs", "state", "said"),
+    [
+        ((WHOLE, KILLED, ({}, 0, "resuming from step 4 (")), "ran", "4, past the save at step 8 that never ended, 12"),
+        ((WHOLE, KILLED, ({9: {"loss": 0.1111}}, 0, "resuming from step 4 (")), "differs", "not bitwise: loss of step"),
+        ((WHOLE, KILLED, ({}, 0, "starting from random weights")), "differs", "not say that it resumes from step 4"),
+        ((WHOLE, KILLED, ({}, 2, "an error")), "failed", "ended with status 2, not 0: an error"),
+        ((WHOLE, ({}, 0, "done")), "failed", "ended with status 0, not 137"),
+    ],
+)
+def test_what_becomes_of_a_killed_run(runs, state, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_runs, "run", Runs(*runs))
+    place = matrix_checkpoints.Place(tmp_path, "reference", False, (2e-6, 1e-3))
+    name = "checkpoint: megamoe, kill -9 in a save, bitwise (deterministic mode)"
+    answer = matrix_checkpoints.run_row(name, place)
+    assert answer["state"] == state and said in answer["said"], answer

@@ -130,8 +130,9 @@ def test_the_tables_of_the_docs_match_the_code():
         text = path.read_text()
         assert configuration_tables.rendered(text, path) == text, f"{path.name}: run `make docs`"
     page = configuration_tables.PAGE.read_text()
-    stale = page.replace("`MEGAMOE_PYTHON`", "`a variable that is gone`")
-    assert stale != page and configuration_tables.rendered(stale) == page
+    for entry in ("`MEGAMOE_PYTHON`", "`--megamoe-sizing ", "`--log-layers N`"):
+        stale = page.replace(entry, "`something that is gone`")
+        assert stale != page and configuration_tables.rendered(stale) == page
 
 
 def test_every_error_of_the_troubleshooting_page_exists():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from megamoe_train import memory, recipes
+from megamoe_train import memory, placement, pretrain, recipes
 from megamoe_train.shapes import Layout, ModelShape
-from megamoe_train.training import machine, request, settings
+from megamoe_train.training import job, machine, request, settings
 
 
 @pytest.fixture
@@ -93,3 +97,65 @@ def test_a_tokenizer_that_is_not_there(sets, message, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
         request.check_early(request.Request("debug", Path("out"), sets=tuple(sets)), 2, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def one_rank(tmp_path, monkeypatch):
+    """This process is the only rank of a job, on a machine that torch counts `gpus` GPUs on, with 1 MiB free."""
+    before = signal.getsignal(signal.SIGTERM)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(locks))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 80 << 30))
+    monkeypatch.setattr(placement.Place, "mine", classmethod(lambda cls, device: cls("here", gpu="GPU-1")))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def run(gpus: int) -> int:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        return job.run(request.Request("debug", tmp_path / "out"), verbose=True)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("case", "gpus", "message"),
+    [
+        ("taken", 1, "rank 0: GPU GPU-1: another job is training on it (process "),
+        ("full", 1, "rank 0: workspace: 0.0"),
+        ("old", 0, "driver: 470.82 is too old for torch built for CUDA 13.0, which needs 580 or newer"),
+    ],
+)
+def test_a_rank_that_torchrun_started_refuses_in_one_line(case, gpus, message, one_rank, driver, capfd, tmp_path):
+    driver("470.82")
+    held = machine.claim_gpu("GPU-1") if case == "taken" else None
+    assert one_rank(gpus) == job.USER_ERROR
+    (line,) = capfd.readouterr().out.splitlines()
+    assert line.startswith(f"megamoe_train: error: {message}")
+    assert not (tmp_path / "out").exists()
+    if held:
+        os.close(held)
+
+
+def test_the_command_refuses_an_old_driver_before_it_starts_ranks(driver, capsys, monkeypatch, tmp_path):
+    driver("470.82")
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(pretrain.launch, "start", lambda *_: pytest.fail("ranks were started"))
+    assert pretrain.main(["--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("megamoe_train: error: driver: 470.82 is too old for torch")
+    assert not (tmp_path / "out").exists()

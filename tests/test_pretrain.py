@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megamoe_train.training import checkpointing
-from tests.pretrain_runs import arguments, history, run, write_text
+from tests.pretrain_runs import arguments, history, kill_while_saving, run, write_text
 
 pytestmark = pytest.mark.timeout(900)  # whole jobs of two processes, one after another, maybe on busy cores
 STEPS = 40
@@ -88,22 +86,6 @@ def _interrupt_at(step: int):
     return on_line
 
 
-def _kill_while_saving(out: Path, step: int):
-    """Kill both ranks, without mercy, as soon as the folder of the checkpoint of `step` appears."""
-    folder = checkpointing.folder_of(out / "checkpoints", step)
-
-    def on_line(line: str, process) -> None:
-        if line.split()[:2] != ["step", f"{step - 1}/{STEPS}"]:
-            return
-        until = time.monotonic() + 120
-        while not folder.exists() and time.monotonic() < until:
-            time.sleep(0.002)
-        for rank in psutil.Process(process.pid).children():
-            rank.kill()
-
-    return on_line
-
-
 def test_stopped_killed_and_resumed_equals_undisturbed(whole, text, tmp_path):
     """Ctrl-C early, then kill -9 while a checkpoint is written, then left alone: every number is that of one run."""
     out = tmp_path / "run"
@@ -117,7 +99,7 @@ def test_stopped_killed_and_resumed_equals_undisturbed(whole, text, tmp_path):
 
     target = (stopped // 10 + 1) * 10
     every_step = arguments(out, text, **OPTIONS | {"log_interval": 1})
-    status, said = run(every_step, _kill_while_saving(out, target))
+    status, said = run(every_step, kill_while_saving(out, target))
     assert status == 137, said
     assert f"resuming from step {stopped} " in said
     left = checkpointing.find(out / "checkpoints")

@@ -15,8 +15,11 @@ from megamoe_train.config import BACKENDS
 from megamoe_train.megatron import flat_yaml, workspaces
 from megamoe_train.megatron.install import EXPERTS, NAME, install, options
 from megamoe_train.megatron.validate import validate
+from megamoe_train.workspace import SIZINGS
 
 CONFIG_OPTION = flat_yaml.OPTION
+GROUP = "megamoe_train"  # of our options, in --help
+GIVEN = ("backend", "recompute", "experts", "sizing", "capacity")  # --megamoe-NAME is the field NAME of Options
 TYPE_OPTION, OUR_OPTION = "--moe-token-dispatcher-type", "--moe-dispatcher"
 
 
@@ -47,12 +50,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser._option_string_actions["--yaml-cfg"].type = _refuse_nested_yaml
     if not torch.cuda.is_available():
         parser.set_defaults(distributed_backend="gloo")  # nccl, the default, cannot work here
-    group = parser.add_argument_group("megamoe_train")
-    group.add_argument(OUR_OPTION, choices=their_type.choices, help=f"short for {TYPE_OPTION}")
-    group.add_argument(CONFIG_OPTION, metavar="FILE.yaml", help="flat YAML: each `key: value` is read as `--key value`")
-    group.add_argument("--megamoe-backend", choices=BACKENDS, help="what runs the experts")
-    group.add_argument("--megamoe-recompute", choices=["fc1"], help="compute h again in backward, do not keep it")
-    group.add_argument("--megamoe-experts", choices=EXPERTS, help="staged: Megatron's own experts")
+    group = parser.add_argument_group(GROUP)
+    group.add_argument(
+        OUR_OPTION, choices=their_type.choices, help=f"megamoe turns the layer on; short for {TYPE_OPTION}"
+    )
+    group.add_argument(
+        CONFIG_OPTION,
+        metavar="FILE.yaml",
+        help="flat YAML: each `key: value` is read as `--key value`; the command line wins; an unknown key is an error",
+    )
+    group.add_argument(
+        "--megamoe-backend",
+        choices=BACKENDS,
+        help="what runs the experts; auto (default): the kernels for CUDA tensors, plain torch for others",
+    )
+    group.add_argument(
+        "--megamoe-recompute", choices=["fc1"], help="h is not kept for backward but computed again (default: kept)"
+    )
+    group.add_argument(
+        "--megamoe-experts",
+        choices=EXPERTS,
+        help="paired (default): one call on the parameters of Megatron's experts; staged: those experts themselves run "
+        "between our dispatch and combine",
+    )
+    group.add_argument(
+        "--megamoe-sizing",
+        choices=SIZINGS,
+        help="for how many rows a rank allocates; see the workspace's table (default: high_water)",
+    )
+    group.add_argument(
+        "--megamoe-capacity", type=int, metavar="ROWS", help="the rows of --megamoe-sizing fixed, a multiple of 128"
+    )
     parser.parse_known_args = functools.partial(_parse, parser, parser.parse_known_args, default)
     return parser
 
@@ -63,9 +91,9 @@ def _parse(parser, original, default_type, args=None, namespace=None):
         argv = expand_yaml(sys.argv[1:] if args is None else list(args), parser)
         namespace, rest = original(argv, namespace)
         namespace.moe_token_dispatcher_type = _one_dispatcher(namespace, default_type)
+        resolve(namespace)
     except ValueError as error:
         parser.error(str(error))
-    resolve(namespace)
     return namespace, rest
 
 
@@ -78,7 +106,7 @@ def _one_dispatcher(namespace: argparse.Namespace, default: str) -> str:
 
 def resolve(args: argparse.Namespace) -> None:
     """Hand the options that TransformerConfig has no field for to the layers that will be built, where given."""
-    given = {name: getattr(args, f"megamoe_{name}") for name in ("backend", "recompute", "experts")}
+    given = {name: getattr(args, f"megamoe_{name}") for name in GIVEN}
     install(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -22,6 +22,7 @@ from megamoe_train.config import BACKENDS, RECOMPUTE, check_choice
 from megamoe_train.megatron import cpu, experts, wheel, workspaces
 from megamoe_train.megatron.dispatcher import MegaMoETokenDispatcher
 from megamoe_train.megatron.validate import validate
+from megamoe_train.workspace import check_sizing
 
 NAME = "megamoe"
 EXPERTS = ("paired", "staged")
@@ -38,11 +39,14 @@ class Options:
     experts: str = "paired"  # "staged": dispatch and combine around Megatron's own experts, also where we could pair
     tokens: int | None = None  # most tokens of a rank in one micro-batch; Megatron's training arguments give it
     deadline_s: float | None = None  # seconds a wait in a kernel may last; None: 600
+    sizing: str = "high_water"  # rows that a rank allocates for, see Workspace.create: or "fixed", "exact"
+    capacity: int = 0  # rows with "fixed"
 
     def __post_init__(self):
         check_choice("backend", self.backend, BACKENDS)
         check_choice("recompute", self.recompute, RECOMPUTE)
         check_choice("experts", self.experts, EXPERTS)
+        check_sizing(self.sizing, self.capacity)
 
 
 _options = Options()
@@ -113,15 +117,11 @@ def _take_over(layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
         # SequentialMLP copies the config where ffn_hidden_size differs, and did so under the borrowed name.
         layer.experts.config.moe_token_dispatcher_type = NAME
     if not paired:
-        layer.token_dispatcher.staged = workspaces.staged(
-            layer, pg_collection.ep, backend=_options.backend, tokens=_options.tokens, deadline_s=_options.deadline_s
-        )
+        layer.token_dispatcher.staged = workspaces.staged(layer, pg_collection.ep, _options)
     if paired:
         validate(layer.config, backend=_options.backend)
         experts.pair(layer.experts, backend=_options.backend, recompute=_options.recompute)
-        on_device = workspaces.planner(
-            layer, pg_collection.ep, backend=_options.backend, tokens=_options.tokens, deadline_s=_options.deadline_s
-        )
+        on_device = workspaces.planner(layer, pg_collection.ep, _options)
         layer.token_dispatcher.planner = on_device or layer.token_dispatcher.planner
 
 

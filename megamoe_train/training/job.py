@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from megamoe_train import placement
@@ -32,7 +33,7 @@ def run(request: Request, *, verbose: bool) -> int:
             if rank == 0:
                 console.say(_nothing_left(job))
             return 0
-        prepared = _prepare(job, console)
+        prepared = prepare_data(job, console.say)
         claim = claim_folder(request.out) if rank == 0 else None
     except Exception as error:
         return _fail(error, console, rank)
@@ -56,6 +57,7 @@ def _take_place(request: Request, num_ranks: int) -> list[object]:
     import torch
 
     num_gpus = torch.cuda.device_count()
+    machine.check_driver(num_gpus, torch.version.cuda)  # torchrun and srun start ranks that no launcher of ours saw
     recipe, table, _ = check_early(request, num_ranks, num_gpus)
     for name, value in recipe.env.items():  # before there is a CUDA context, which reads some of them
         os.environ.setdefault(name, value)
@@ -127,7 +129,7 @@ def _crash(error: Exception, console: Console, rank: int) -> int:
     return 1
 
 
-def _prepare(job: Job, console: Console) -> prepare.Prepared | None:
+def prepare_data(job: Job, say: Callable[[str], None]) -> prepare.Prepared | None:
     """Tokens of a text source. The first rank of each machine works, the others wait for what it writes; if it fails
     it leaves no empty folder, and whoever started the ranks ends the others."""
     folder = job.text_folder
@@ -137,7 +139,7 @@ def _prepare(job: Job, console: Console) -> prepare.Prepared | None:
         time.sleep(0.1)
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
-        return prepare.prepare(job.source, job.args.vocab_size, folder.parent, job.args.seq_length + 1, console.say)
+        return prepare.prepare(job.source, job.args.vocab_size, folder.parent, job.args.seq_length + 1, say)
     except ValueError:
         (folder.parent / "lock").unlink(missing_ok=True)
         for parent in made:

@@ -3,7 +3,8 @@
 `{"step": 7, "loss": 6.1, "lr": ..., "grad_norm": ..., "tokens_per_s": ..., "tflops": ..., "mfu": ..., "load": [[min,
 max, cv], ...]}` has one triple per MoE layer (fewest and most tokens of an expert over the layer's mean, and their
 coefficient of variation), on a GPU also `allocated_gib` and `reserved_gib`, the last rank's peaks so far, and at every
-step that `--log-layers` asks for `"layers": {number: {least, most, cv, empty, dropped}}`;
+step that `--log-layers` asks for `"layers": {number: {least, most, cv, empty, dropped}}`, on a GPU with the last rank's
+`forward_ms`, `backward_ms`, `forward_overlap`, `backward_overlap` (passes.py);
 `{"step": 50, "validation_loss": 5.2}` is one evaluation.
 """
 

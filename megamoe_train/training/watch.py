@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
 
+from megamoe_train.megatron import workspaces
 from megamoe_train.training import checkpointing
 from megamoe_train.training.console import Console
 from megamoe_train.training.load import ExpertLoad, LayerLoad
 from megamoe_train.training.metrics import Metrics, draw
+from megamoe_train.training.passes import PassTime, PassTimes
 from megamoe_train.training.speed import Speed
 
 LOSS = "lm loss"
@@ -53,6 +56,7 @@ class Watch:
         self.folder = folder
         self.metrics: Metrics | None = None
         self._load: ExpertLoad | None = None
+        self._passes: PassTimes | None = None  # where layers are asked for, on a GPU
         self._mark: float | None = None  # when this step began; moved on by evaluations and saves between steps
         self._evaluated: tuple[int, tuple] | None = None  # step of the last evaluation, and what it returned
 
@@ -95,6 +99,8 @@ class Watch:
     ):
         args = get_args()
         self._load = ExpertLoad(model, args.num_layers)
+        if self.layers_every and torch.cuda.is_available():
+            self._passes = PassTimes(model, args.num_layers)
         if self.speaks:  # not before: by now the ranks have met, so rank 0 has claimed the folder
             self.metrics = Metrics(self.folder / "metrics.jsonl", self.start_step)
         if args.iteration == 0 and args.do_valid:
@@ -114,6 +120,8 @@ class Watch:
 
     def _train_step(self, original: Callable, *args, **kwargs):
         self._mark = self._mark or time.perf_counter()
+        if self._passes:
+            self._passes.active = (self.step + 1) % self.layers_every == 0
         return original(*args, **kwargs)
 
     def _training_log(self, original: Callable, losses, total_losses, learning_rate, iteration, *rest, **more):
@@ -122,13 +130,15 @@ class Watch:
         result = original(losses, total_losses, learning_rate, iteration, *rest, **more)
         self.step = iteration
         load = self._load.read()  # reads the GPU, so the clock stands when the step is done
+        workspaces.check()  # before this step may be saved
         now = time.perf_counter()
+        passes = self._passes.read() if self._passes and self._passes.active else {}
         if self.speaks:
-            self._record(get_args(), losses, learning_rate, grad_norm, load, now - self._mark)
-        self._mark = now
+            self._record(get_args(), losses, learning_rate, grad_norm, load, passes, now - self._mark)
+        self._mark = time.perf_counter() if passes else now  # reading them is no part of the next step
         return result
 
-    def _record(self, args, losses, learning_rate, grad_norm, load, seconds: float) -> None:
+    def _record(self, args, losses, learning_rate, grad_norm, load, passes, seconds: float) -> None:
         tokens = get_current_global_batch_size() * args.seq_length
         line = {
             "step": self.step,
@@ -140,15 +150,18 @@ class Watch:
         }
         with_layers = bool(self.layers_every) and self.step % self.layers_every == 0
         if with_layers:
-            line["layers"] = {layer: asdict(values) for layer, values in load.items()}
+            line["layers"] = {
+                layer: asdict(values) | (asdict(passes[layer]) if layer in passes else {})
+                for layer, values in load.items()
+            }
         self.metrics.add(line)
-        self._to_writers(line, load, with_layers)
+        self._to_writers(line, load, passes, with_layers)
         text = describe(line)
         self.console.progress(self.step, args.train_iters, text)
         if not self.console.is_terminal and self._is_shown(args):
             self.console.say(f"step {self.step:>{len(str(args.train_iters))}}/{args.train_iters}  {text}")
         if with_layers:
-            for row in layer_table(load):
+            for row in layer_table(load, passes):
                 self.console.say(row)
 
     def _is_shown(self, args) -> bool:
@@ -156,7 +169,9 @@ class Watch:
         early = self.step - self.start_step <= 3
         return early or self.step % args.log_interval == 0 or self.step == args.train_iters
 
-    def _to_writers(self, line: dict, load: dict[int, LayerLoad], with_layers: bool) -> None:
+    def _to_writers(
+        self, line: dict, load: dict[int, LayerLoad], passes: dict[int, PassTime], with_layers: bool
+    ) -> None:
         """Ours beside Megatron's own curves, through its TensorBoard and W&B writers where they exist."""
         curves = {name: line[key] for key, name in Speed.CURVES.items() if line.get(key) is not None}
         for layer, values in load.items():
@@ -165,6 +180,8 @@ class Watch:
             if with_layers:
                 curves[f"expert-load/layer-{layer}-empty"] = values.empty
                 curves[f"expert-load/layer-{layer}-dropped"] = values.dropped
+        for layer, times in passes.items():
+            curves |= {f"passes/layer-{layer}-{name.replace('_', '-')}": value for name, value in asdict(times).items()}
         if writer := get_tensorboard_writer():
             for name, value in curves.items():
                 writer.add_scalar(name, value, self.step)
@@ -215,11 +232,14 @@ def describe(line: dict) -> str:
     return text
 
 
-def layer_table(load: dict[int, LayerLoad]) -> list[str]:
-    """Expert load of every layer, as lines for a log."""
-    rows = [
-        f"  layer {layer:>3}  expert load {one.least:.2f}-{one.most:.2f}  cv {one.cv:.2f}  empty {one.empty}  "
-        f"dropped {one.dropped}"
-        for layer, one in load.items()
-    ]
+def layer_table(load: dict[int, LayerLoad], passes: dict[int, PassTime]) -> list[str]:
+    """Expert load of every layer, and where they were timed the last rank's passes, as lines for a log."""
+    rows = []
+    for layer, one in load.items():
+        row = f"  layer {layer:>3}  expert load {one.least:.2f}-{one.most:.2f}  cv {one.cv:.2f}  empty {one.empty}  "
+        row += f"dropped {one.dropped}"
+        if times := passes.get(layer):
+            row += f"  forward {times.forward_ms:.2f} ms (overlap {times.forward_overlap:.0%})"
+            row += f"  backward {times.backward_ms:.2f} ms (overlap {times.backward_overlap:.0%})"
+        rows.append(row)
     return rows or ["  no MoE layer has routed a token"]

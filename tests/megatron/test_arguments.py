@@ -14,7 +14,7 @@ from megamoe_train.megatron import install as installation
 @pytest.fixture(autouse=True)
 def options_restored():
     yield
-    install(backend="auto", recompute=None, experts="paired")
+    install(backend="auto", recompute=None, experts="paired", sizing="high_water", capacity=0)
 
 
 @pytest.fixture
@@ -81,6 +81,14 @@ def test_unknown_dispatcher_lists_the_allowed(refused):
 def test_options_reach_the_layers_to_come(parse):
     parse("--megamoe-backend", "reference", "--megamoe-recompute", "fc1", "--megamoe-experts", "staged")
     assert installation.options() == installation.Options("reference", "fc1", "staged")
+    parse("--megamoe-sizing", "fixed", "--megamoe-capacity", "2560")
+    assert installation.options() == installation.Options("reference", "fc1", "staged", None, None, "fixed", 2560)
+
+
+def test_a_capacity_that_cannot_be_is_refused(refused):
+    refused("capacity: got 100 with sizing='fixed'", "--megamoe-sizing", "fixed", "--megamoe-capacity", "100")
+    refused("capacity: got 0 with sizing='fixed'", "--megamoe-sizing", "fixed")
+    refused("capacity: got 128 with sizing='high_water'", "--megamoe-capacity", "128")
 
 
 def test_options_not_given_leave_what_the_script_installed(parse):

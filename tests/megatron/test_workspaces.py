@@ -34,10 +34,11 @@ class Created:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, shape, *, group, device, deadline_s):
+    def __call__(self, shape, *, group, device, deadline_s, sizing, capacity):
         from tests.fake_fused import FakeWorkspace
 
         self.calls.append((shape, torch.distributed.get_world_size(group), device, deadline_s))
+        self.sizing = sizing, capacity
         return FakeWorkspace(shape, torch.distributed.get_rank(group))
 
 
@@ -84,6 +85,11 @@ def _built_layers(patch, ep_size):
         assert backend.asked == ((5, layers.TOP_K), layers.EXPERTS, ep_size, layers.HIDDEN)
         spaces.append(backend.workspace)
     assert spaces[0] is spaces[1] and spaces[0].shape == shape
+    assert created.sizing == ("high_water", 0)
+    install(sizing="fixed", capacity=1280)
+    layers.new_layer(layers.config())  # another sizing is another workspace
+    assert created.sizing == ("fixed", 1280) and len(created.calls) == 3
+    install(sizing="high_water", capacity=0)
     patch.setattr(ops, "load", lambda: None)
     install(experts="staged")
     assert layers.new_layer(layers.config()).token_dispatcher.staged.workspace is spaces[0]
@@ -97,7 +103,21 @@ def _built_layers(patch, ep_size):
             layers.new_layer(layers.config())
     else:
         layers.new_layer(layers.config())
-        assert len(created.calls) == 2  # one rank takes what calls without a workspace share
+        assert len(created.calls) == 3  # one rank takes what calls without a workspace share
+        install(sizing="exact")
+        with pytest.raises(ValueError, match="megamoe: tokens: got None with sizing exact; allowed: the most"):
+            layers.new_layer(layers.config())
+
+
+def test_a_step_whose_rows_had_no_room_is_found_before_it_is_saved(monkeypatch):
+    from megamoe_train.megatron import workspaces
+
+    looked_at = []
+    spaces = [Namespace(closed=closed, sizing=sizing) for closed in (False, True) for sizing in ("fixed", "high_water")]
+    monkeypatch.setattr(workspaces, "_made", dict(enumerate(spaces)))
+    monkeypatch.setattr(workspaces, "check_workspace", lambda space, wait: looked_at.append((space, wait)))
+    workspaces.check()
+    assert looked_at == [(spaces[0], True)]
 
 
 def without_a_gpu(folder):
