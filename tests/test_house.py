@@ -27,7 +27,7 @@ def tracked_files() -> list[Path]:
 def texts(suffixes: tuple[str, ...] = ()) -> dict[Path, str]:
     files = [path for path in tracked_files() if not suffixes or path.name.endswith(suffixes)]
     assert files
-    return {path: path.read_text() for path in files}
+    return {path: path.read_text(errors="replace") for path in files}
 
 
 def code_outside_tests() -> dict[Path, str]:
