@@ -69,6 +69,7 @@ struct Task {
     int n_extent;
     Unit unit;
     int k_blocks;
+    bool in_step;  // the storer hands a stage back before it sends the next
     bool works[kClusterSize][kMathWarpgroups];
     int chunks[kClusterSize];  // output stages that each CTA itself computes
 };
@@ -321,8 +322,13 @@ private:
             position.ring.skip(task.k_blocks);
             walk += task.k_blocks;
             const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
+            const auto back = [&](OutputPlace place, int working) {
+                act(agent, [this, cta, place, working] { hand_back(cta, place.index, working * kWarpgroupWarps); });
+            };
+            OutputPlace on_the_way{-1, 0};
+            int handed = 0;
             for (int stage = 0; stage < outputs; ++stage) {
-                const OutputPlace place = next_output(position, task.gemm, stage);
+                OutputPlace place = next_output(position, task.gemm, stage);
                 const bool spare = place.index == kSpare;
                 const long content = spare ? 1000000 + spare_uses : walk;
                 (spare ? spare_uses : walk) += 1;
@@ -336,8 +342,12 @@ private:
                     laps[w] ^= 1u << place.index;
                 }
                 if (working == 0) continue;
-                act(agent, [this, cta, place, working] { hand_back(cta, place.index, working * kWarpgroupWarps); });
+                // In step, or when the next stage is on its way: as store_unit().
+                if (!task.in_step) std::swap(place, on_the_way);
+                if (place.index >= 0) back(place, working);
+                handed = working;
             }
+            if (on_the_way.index >= 0) back(on_the_way, handed);
         }
         take_unit(agent, cta, cursor, static_cast<int>(work_.tasks.size()));
     }
@@ -370,7 +380,7 @@ Case random_case(std::mt19937& random, int units) {
         const int k_blocks = is_wgrad ? static_cast<int>(random() % 7) : 1 + static_cast<int>(random() % 9);
         for (int i = 0; i < num_units(m_rows, n_tiles); ++i) {
             if (random() % 3 == 0) continue;  // another cluster has it
-            Task task{gemm, n_extent, unit_at(m_rows, n_tiles, i), k_blocks, {}, {}};
+            Task task{gemm, n_extent, unit_at(m_rows, n_tiles, i), k_blocks, random() % 2 == 0, {}, {}};
             for (int cta = 0; cta < kClusterSize; ++cta) {
                 for (int w = 0; w < kMathWarpgroups; ++w) {
                     task.works[cta][w] = has_work(gemm, task.unit, cta, w, m_rows, n_extent);
