@@ -18,8 +18,11 @@ from torch import Tensor
 
 import megamoe_train
 from megamoe_train import ops_plan, reference, workspace
+from megamoe_train.functional import moe
 from megamoe_train.plan import RoutingPlan, build_plan
 from megamoe_train.workspace import Shape, Workspace
+from tests.test_autograd import leaves_of
+from tests.workloads import make_layer
 
 
 class FakeWorkspace(Workspace):
@@ -166,3 +169,33 @@ def fused(monkeypatch):
     monkeypatch.setattr(backends, "_BACKENDS", {"fused": backend, "reference": backends.ReferenceBackend()})
     monkeypatch.setattr(backends, "choose", lambda name, device: backends.Choice(name, "a test"))
     return backend, fake
+
+
+# ---- calls of one layer on the fused backend and on the reference
+
+NAMES = ("x", "weights", "fc1", "fc2")
+
+
+def layer_of(tokens: int = 20, routing: str = "uniform", seed: int = 0, **shape):
+    shape = {"top_k": 3, "num_experts": 4, "hidden": 256, "inner": 128} | shape
+    return make_layer([tokens], dtype=torch.bfloat16, routing=routing, seed=seed, **shape)
+
+
+def run(leaves: dict[str, Tensor], ids: Tensor, dy: Tensor, backend: str = "fused", **options) -> Tensor:
+    y = moe(leaves["x"], ids, *[leaves[name] for name in NAMES[1:]], backend=backend, **options)
+    y.backward(dy)
+    return y.detach()
+
+
+def same_as_reference(layer, frozen: tuple[str, ...] = (), **options) -> None:
+    ours, ids, dy = leaves_of(layer, frozen)
+    theirs, _, _ = leaves_of(layer, frozen)
+    knobs = {name: value for name, value in options.items() if name != "workspace"}
+    assert torch.equal(run(ours, ids, dy, **options), run(theirs, ids, dy, "reference", **knobs))
+    for name in NAMES:
+        mine, other = ours[name].grad, theirs[name].grad
+        assert mine is None and other is None if name in frozen else torch.equal(mine, other), name
+
+
+def two_ranks(**options) -> FakeWorkspace:
+    return FakeWorkspace(Shape(2, 4, 3, 256, 1000), **options)
