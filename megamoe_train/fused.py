@@ -41,6 +41,7 @@ class _Recent:
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Entry]) -> Entry:
         capturing, stream = torch.cuda.is_current_stream_capturing(), ops.raw_stream(device)
+        key = key, device.index
         entry, home = self.entries.get(key, (None, None))
         if entry is None:
             if capturing:
@@ -132,8 +133,8 @@ class FusedBackend:
         *, clamp: float | None, group: Group,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """y `[T,H]`, h `[capacity,2I]`, of which the plan's M rows are written."""
-        maps, x, p = self._maps_of(fc1, fc2, x.device), _rows(x), _fp32(weights)
-
+        with plan.workspace.launching():  # peers wait from the plan on
+            maps, x, p = self._maps_of(fc1, fc2, x.device), _rows(x), _fp32(weights)
         with plan.workspace.guard.watch(), in_order(x.device):
             return plan.run(lambda device_plan: ops_fused.forward(device_plan, x, p, maps, clamp=clamp))
 
@@ -143,14 +144,15 @@ class FusedBackend:
         dfc1: list[Tensor | None] | None, dfc2: list[Tensor | None] | None, overwrite: tuple[bool, bool],
     ) -> reference.Grads:  # fmt: skip
         """Gradients into dfc1, dfc2 where any is wanted; `overwrite`: they hold nothing yet."""
-        maps = self._maps_of(fc1, fc2, x.device)
-        x, dy, p = _rows(x), _rows(dy if dy.dtype == x.dtype else dy.to(x.dtype)), _fp32(weights)
         device_plan = plan.device_plan
-        # Ranks cannot know whether another one has frozen fc1. Where there are several, each stages x and pulls it, and
-        # one that wants no dfc1 has it computed into a spare matrix.
-        first = _Targets(dfc1 if need.fc1 else None, fc1, overwrite[0], always=plan.ep_size > 1)
-        second = _Targets(dfc2 if need.fc2 else None, fc2, overwrite[1])
-        tables = self._table_of(first, x.device), self._table_of(second, x.device)
+        with plan.workspace.launching():
+            maps = self._maps_of(fc1, fc2, x.device)
+            x, dy, p = _rows(x), _rows(dy if dy.dtype == x.dtype else dy.to(x.dtype)), _fp32(weights)
+            # Ranks cannot know whether another one has frozen fc1. Where there are several, each stages x and pulls it,
+            # and one that wants no dfc1 has it computed into a spare matrix.
+            first = _Targets(dfc1 if need.fc1 else None, fc1, overwrite[0], always=plan.ep_size > 1)
+            second = _Targets(dfc2 if need.fc2 else None, fc2, overwrite[1])
+            tables = self._table_of(first, x.device), self._table_of(second, x.device)
         with in_order(x.device):
             if h is None:
                 h = ops_fused.fc1_again(device_plan, x, p, maps)

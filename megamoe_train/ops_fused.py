@@ -91,6 +91,8 @@ class _Call:
             raise ValueError(
                 f"plan: got row_tile {plan.row_tile}; allowed: {ops.ROW_TILE}, experts padded to row tiles"
             )
+        if x_TH.shape[0] != plan.tokens:
+            raise ValueError(f"x: got {x_TH.shape[0]} tokens; allowed: {plan.tokens}, those of the plan")
         self.plan, self.maps, self.limit, self.num_sms = plan, maps, _limit(clamp), num_sms
         self.x, self.weights, self.device = x_TH.contiguous(), weights_TK.contiguous(), x_TH.device
         self.hidden = x_TH.shape[1]

@@ -64,6 +64,7 @@ class DevicePlan:
     capacity: int  # rows that source_of has room for; MAX_ROWS: it is not allocated yet
     status: Tensor  # int64 [8] pinned: PlanStatus of csrc/kernels/plan.cuh
     tables: Tensor  # int32: all of TableLayout; without source_of where the capacity is not known yet
+    home: int = 0  # raw stream on which they were allocated
     row_tile: int = ROW_TILE  # every expert's segment starts at a multiple: ROW_TILE, or 1 where nothing is padded
     own_source_of: Tensor | None = None  # where it is not in `tables`
     rows: int | None = None  # M, once `settle` has read the verdict
@@ -74,8 +75,18 @@ class DevicePlan:
 
     @property
     def arguments(self) -> tuple[int, Tensor, Tensor | None]:
-        """What operators take: capacity, tables, source_of where it has memory of its own."""
+        """What operators take: capacity, tables, source_of where it has memory of its own. For a launch on the current
+        stream: what was allocated on another one is given out again only after it."""
+        if self.tables.is_cuda and self.home != stream_of(self.workspace):
+            self._used_here()
         return self.capacity, self.tables, self.own_source_of
+
+    def _used_here(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        for tensor in (self.tables, self.own_source_of):
+            if tensor is not None:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
     def _table(self, name: str, *size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         shape = self.workspace.shape
@@ -193,7 +204,8 @@ def _new_plan(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int) -
     source_of = 0 if capacity == MAX_ROWS else 8 * capacity
     # One allocation: each costs host time, and the kernels wait for the host at the start of a layer.
     tables = torch.empty((before + source_of) // 4, dtype=torch.int32, device=ids.device)
-    return DevicePlan(workspace, ids.contiguous(), capacity, workspace.next_status(), tables, row_tile)
+    status, home = workspace.next_status(), stream_of(workspace)
+    return DevicePlan(workspace, ids.contiguous(), capacity, status, tables, home, row_tile)
 
 
 def plan_count(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int = ROW_TILE) -> DevicePlan:

@@ -295,7 +295,11 @@ class _Launching:
         workspace = self.workspace
         failed_here = isinstance(error, Exception) and not isinstance(error, watchdog.MegaMoETimeout)
         if failed_here and workspace.shape.ranks > 1 and workspace.guard.failure() is None:
-            workspace.abort()
+            try:
+                workspace.abort()
+            finally:
+                self.watch.__exit__(kind, error, trace)
+            return
         self.watch.__exit__(kind, error, trace)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megamoe_train import ops, ops_fused, ops_plan
+from megamoe_train.experts import per_expert, places_of
 from megamoe_train.workspace import ALIGNMENT, Shape
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -78,3 +79,20 @@ def test_views_of_scratch_have_the_pools_shapes():
         view = getattr(call, name)
         base = call.scratch if name in ("pool", "act", "row_weights") else call.more
         assert view.shape == shape and view.data_ptr() == base.data_ptr() + getattr(layout, name), name
+
+
+def test_a_call_with_other_tokens_than_the_plans_is_refused():
+    ids, x = torch.zeros(40, 3, dtype=torch.int64), torch.zeros(39, 256)
+    plan = ops_plan.DevicePlan(SimpleNamespace(), ids, 384, torch.zeros(8), torch.zeros(8, dtype=torch.int32))
+    maps = ops_fused.WeightMaps(128, torch.zeros(4, 8, 128, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="x: got 39 tokens; allowed: 40, those of the plan"):
+        ops_fused.ForwardCall(plan, x, torch.zeros(39, 3), maps)
+
+
+def test_cached_tables_are_told_apart_by_all_that_they_hold():
+    stack = torch.zeros(4, 8, 16)
+    seen = [per_expert((stack,)), per_expert((stack.view(torch.int32),)), per_expert((stack[1:],)),
+            per_expert((stack.view(4, 16, 8),)), list(stack), list(stack.view(torch.int32)), list(stack[::2])]  # fmt: skip
+    assert len({places_of(matrices) for matrices in seen}) == len(seen)
+    assert places_of(per_expert((stack.clone().copy_(stack),))) != places_of(seen[0])
+    assert places_of(per_expert((stack.view(4, 8, 16),))) == places_of(seen[0])

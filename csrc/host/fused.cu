@@ -20,7 +20,7 @@ Pull pull_of(int buffer, const void* tokens, const float* weights, bool weighted
 }
 
 FusedCounters counters_of(const FusedArgs& args) {
-    static_assert(kFusedScalars == kCounterScalars);
+    static_assert(kFusedScalars == kCounterScalars && kDpTile == kTileN && kCounterTileRows == kRowTile);
     const int64_t tiles = args.capacity / kRowTile;
     FusedCounters counters{};
     int* next = args.counters;

@@ -8,8 +8,9 @@
 
 namespace megamoe {
 
-constexpr int64_t kCounterScalars = 8;  // ints before the counters that there is one of per tile or token
-constexpr int64_t kDpTile = 256;        // columns of I that one partial sum of dp covers
+constexpr int64_t kCounterScalars = 8;     // ints before the counters that there is one of per tile or token
+constexpr int64_t kCounterTileRows = 128;  // rows of a tile that has counters of its own
+constexpr int64_t kDpTile = 256;           // columns of I that one partial sum of dp covers
 
 // Offsets in bytes, each a multiple of kRegionAlignment.
 struct ScratchLayout {
@@ -26,7 +27,7 @@ struct ScratchLayout {
 };
 
 MEGAMOE_BOTH constexpr int64_t counter_ints(int64_t capacity, int64_t tokens) {
-    return kCounterScalars + 4 * (capacity / 128) + (tokens + 31) / 32;
+    return kCounterScalars + 4 * (capacity / kCounterTileRows) + (tokens + 31) / 32;
 }
 
 MEGAMOE_BOTH constexpr ScratchLayout scratch_layout(int64_t capacity, int64_t tokens, int64_t hidden, int64_t inter) {

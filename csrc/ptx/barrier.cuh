@@ -52,7 +52,8 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t byte
                  : "memory");
 }
 
-// Released at cluster scope: what this thread has done and seen comes before what CTA `cta` does after its wait.
+// Released at cluster scope. Who waits for it (mbarrier_try_wait) acquires at CTA scope only; see docs/kernels.md,
+// "Who waits for what", for why that is enough.
 __device__ __forceinline__ void mbarrier_expect_cta(uint64_t* barrier, uint32_t cta, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
                      map_to_cta(smem_address(barrier), cta)),

@@ -107,9 +107,10 @@ __device__ __forceinline__ void count_made(const FusedParams& params, const Unit
 __device__ __forceinline__ void prefetch_h(const FusedParams& params, const GemmParams& dgrad2, const UnitSlot& slot,
                                            int rank) {
     constexpr int kLineColumns = 64, kLines = 8;  // of 128 bytes: four of gate, four of up
-    constexpr int kLeastBlocks = 32;              // of products, longer than all the pauses
+    constexpr int kLeastBlocks = 56;              // of products: longer than all pauses and a scatter before them
     if (slot.k_blocks < kLeastBlocks) return;
     const Share share = share_of<Gemm::kDgrad2>(dgrad2, slot, rank, 0);
+    if (!share.works) return;
     const int lane = threadIdx.x & 31, line = lane % kLines, width = dgrad2.n_extent;
     const int column = share.column + line % 4 * kLineColumns;
     const uint8_t* from = params.h + (share.row * 2 * width + line / 4 * width + column) * 2;

@@ -95,8 +95,8 @@ __device__ void pull_rows(const FusedParams& params, int which, int64_t until, u
             copy_row<kDepth>(pull.pool + (first + i) * params.row_bytes, reinterpret_cast<const uint8_t*>(from),
                              params.row_bytes);
         }
-        // Rows -> TMA loads: each writer fence.proxy.async; barrier; one lane red.release.gpu. The loader acquires and
-        // fences again.
+        // Rows -> TMA loads: each writer fence.proxy.async; barrier; one lane red.release.gpu. The scheduler acquires
+        // and fences again.
         ptx::fence_async();
         __syncwarp();
         if (lane == 0) {
