@@ -92,7 +92,8 @@ def test_a_call_with_other_tokens_than_the_plans_is_refused():
 def test_cached_tables_are_told_apart_by_all_that_they_hold():
     stack = torch.zeros(4, 8, 16)
     seen = [per_expert((stack,)), per_expert((stack.view(torch.int32),)), per_expert((stack[1:],)),
-            per_expert((stack.view(4, 16, 8),)), list(stack), list(stack.view(torch.int32)), list(stack[::2])]  # fmt: skip
+            per_expert((stack.view(4, 16, 8),)), list(stack), list(stack.view(torch.int32)),
+            list(stack[::2])]  # fmt: skip
     assert len({places_of(matrices) for matrices in seen}) == len(seen)
     assert places_of(per_expert((stack.clone().copy_(stack),))) != places_of(seen[0])
     assert places_of(per_expert((stack.view(4, 8, 16),))) == places_of(seen[0])
