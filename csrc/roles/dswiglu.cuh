@@ -54,9 +54,10 @@ __device__ __forceinline__ void store_dp(const GemmParams& params, const Share& 
 template <int kChunk>
 __device__ __forceinline__ void dswiglu_step(SharedStorage& shared, const GemmParams& params, const Share& share,
                                              WarpPlace place, int chunks, float2 p, float2& dp, const float (&d)[128],
-                                             Position& position) {
+                                             Position& position, Trace& trace) {
     const OutputPlace output = position.next_output<Gemm::kDgrad2>(kChunk);
     const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
+    if (kChunk == 0) trace.mark(Mark::kFirstOutput);
     if (kChunk < chunks) {
         dswiglu_chunk<kChunk>(rows, p, params.limit, dp, d);
         // Before the last hand-over, so that what the storer announces of this tile covers dp too.
@@ -70,14 +71,14 @@ __device__ __forceinline__ void dswiglu_step(SharedStorage& shared, const GemmPa
 // The ring holds `stages` chunks, of which this CTA's column tile has the first `chunks`.
 __device__ __forceinline__ void dswiglu_epilogue(SharedStorage& shared, const GemmParams& params, const Share& share,
                                                  WarpPlace place, int stages, float2 p, const float (&d)[128],
-                                                 Position& position) {
+                                                 Position& position, Trace& trace) {
     const int chunks = dswiglu_chunks(params.n_extent, share.n_tile);
     float2 dp = {0.0f, 0.0f};
-    dswiglu_step<0>(shared, params, share, place, chunks, p, dp, d, position);
-    dswiglu_step<1>(shared, params, share, place, chunks, p, dp, d, position);
+    dswiglu_step<0>(shared, params, share, place, chunks, p, dp, d, position, trace);
+    dswiglu_step<1>(shared, params, share, place, chunks, p, dp, d, position, trace);
     if (stages > 2) {
-        dswiglu_step<2>(shared, params, share, place, chunks, p, dp, d, position);
-        dswiglu_step<3>(shared, params, share, place, chunks, p, dp, d, position);
+        dswiglu_step<2>(shared, params, share, place, chunks, p, dp, d, position, trace);
+        dswiglu_step<3>(shared, params, share, place, chunks, p, dp, d, position, trace);
     }
 }
 

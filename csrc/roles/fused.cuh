@@ -170,7 +170,7 @@ __device__ __forceinline__ void fused_mover(const FusedParams& params, int first
     }
     __syncwarp();
     trace.mark(CtaMark::kSumming);
-    sum_tokens<kMoverSlots, 2>(params, seen);
+    trace.count(CtaMark::kMoverTokens, sum_tokens<kMoverSlots, 2>(params, seen));
     trace.mark(CtaMark::kSummed);
 }
 
@@ -186,7 +186,7 @@ __device__ __forceinline__ void leave() {
 [[noreturn]] static __device__ __noinline__ void sum_and_leave(const FusedParams& params, Trace trace) {
     trace.mark(CtaMark::kMathSumming);
     uint64_t seen = 0;
-    sum_tokens<kMathSlots, 1>(params, seen);
+    trace.count(CtaMark::kMathTokens, sum_tokens<kMathSlots, 1>(params, seen));
     trace.tie(CtaMark::kClockEnd, CtaMark::kGlobalEnd);
     leave();
     asm volatile("exit;");

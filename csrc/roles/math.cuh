@@ -86,7 +86,7 @@ __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParam
     if constexpr (kGemm == Gemm::kFc1) {
         swiglu_epilogue(shared, params, place, p, d, position);
     } else if constexpr (kGemm == Gemm::kDgrad2) {
-        dswiglu_epilogue(shared, params, share, place, outputs, p, d, position);
+        dswiglu_epilogue(shared, params, share, place, outputs, p, d, position, trace);
     } else if constexpr (kGemm == Gemm::kWgrad) {
         wgrad_epilogue(shared, params, place, d, position, trace);
     } else {

@@ -133,9 +133,9 @@ __device__ __forceinline__ int missing_rank(const FusedParams& params, int token
 
 // Sweeps until all tokens are summed. Whole warp. Only after this rank's units have all been handed out or by warps
 // that no unit needs: a CTA that waited here for its own tiles would wait for ever. kTakenTokens: that a warp takes at
-// a time.
+// a time. Returns how many tokens this warp has summed.
 template <int kBatch, int kTakenTokens>
-__device__ void sum_tokens(const FusedParams& params, uint64_t& seen) {
+__device__ int sum_tokens(const FusedParams& params, uint64_t& seen) {
     const Peers& peers = params.peers;
     const int lane = threadIdx.x & 31;
     const uint32_t epoch = static_cast<uint32_t>(state_word(peers, kStateOpEpoch));
@@ -143,16 +143,17 @@ __device__ void sum_tokens(const FusedParams& params, uint64_t& seen) {
     // Whoever finishes has seen every peer start: none can be an operation behind.
     wait_for_all_peers(peers, expected_ready(params), seen);
     unsigned long long start = ptx::global_nanoseconds();  // of the time without any progress
-    int before = 0;
+    int before = 0, mine = 0;
     // Every warp sweeps over all blocks; only where it begins depends on its place.
     int block = blocks == 0 ? 0 : static_cast<int>((blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 37 % blocks);
     for (int idle = 0;; block = block + 1 < blocks ? block + 1 : 0) {
         // One lane decides for the warp: another one might read a newer number and leave alone.
         int summed = lane == 0 ? ptx::load_relaxed_gpu(params.counters.summed) : 0;
         summed = __shfl_sync(0xffffffffu, summed, 0);
-        if (summed >= params.tokens) return;
+        if (summed >= params.tokens) return mine;
         if (summed != before) before = summed, start = ptx::global_nanoseconds();
         const int count = sum_block<kBatch, kTakenTokens>(params, block, epoch);
+        mine += count;
         if (count != 0) {
             if (lane == 0) atomicAdd(params.counters.summed, count);
             idle = 0;

@@ -18,7 +18,7 @@ enum class Mark : int {
     kTaken,        // math warp 0
     kFirstStage,   // math warp 0: first operands are there
     kMultiplied,   // math warp 0
-    kFirstOutput,  // math warp 0: first output stage is there
+    kFirstOutput,  // math warp 0, wgrad and dgrad2: first output stage is there, with what it holds
     kDone,         // math warp 0: all results handed over
     kFirstFull,    // storer: first output stage of both warpgroups
     kSent,         // storer: all read from shared memory
@@ -35,7 +35,9 @@ enum class CtaMark : int {
     kPulledSecond,
     kSumming,
     kSummed,
-    kMathSumming
+    kMathSumming,
+    kMoverTokens,  // no time: tokens that this mover summed
+    kMathTokens    // and this math warp
 };
 
 struct TraceBuffer {
@@ -56,6 +58,7 @@ public:
     }
     __device__ void mark(Mark mark) { put(row_, static_cast<int>(mark), clock64()); }
     __device__ void mark(CtaMark mark) { put(0, static_cast<int>(mark), clock64()); }
+    __device__ void count(CtaMark mark, int value) { put(0, static_cast<int>(mark), value); }
     __device__ void tie(CtaMark clock, CtaMark global) {
         put(0, static_cast<int>(clock), clock64());
         put(0, static_cast<int>(global), static_cast<long long>(ptx::global_nanoseconds()));
@@ -74,6 +77,7 @@ private:
     __device__ void unit(int, int) {}
     __device__ void mark(Mark) {}
     __device__ void mark(CtaMark) {}
+    __device__ void count(CtaMark, int) {}
     __device__ void tie(CtaMark, CtaMark) {}
 #endif
 };

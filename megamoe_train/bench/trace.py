@@ -22,23 +22,16 @@ from .trace_picture import draw
 # csrc/roles/trace.cuh: Mark, CtaMark, kTraceRows, kTraceMarks.
 MARKS = ("unit", "claimed", "ready", "loading", "loaded", "taken", "first_stage", "multiplied", "first_output", "done",
          "first_full", "sent", "signalled")  # fmt: skip
-CTA_MARKS = (
-    "clock",
-    "global",
-    "clock_end",
-    "global_end",
-    "pulled",
-    "pulled_second",
-    "summing",
-    "summed",
-    "math_summing",
-)
+CTA_MARKS = ("clock", "global", "clock_end", "global_end", "pulled", "pulled_second", "summing", "summed",
+             "math_summing", "mover_tokens", "math_tokens")  # fmt: skip
+TIMES = CTA_MARKS[4:9]
 ROWS, COLUMNS = 512, 16
 PRODUCTS = {"fwd": ("fc1", "fc2"), "bwd": ("dgrad2", "dgrad1", "wgrad2", "wgrad1")}
 # What a unit's time is made of: (from, to), "next" is the math warp's next unit.
 SPANS = {
     "operands awaited": ("taken", "first_stage"),
     "products": ("first_stage", "multiplied"),
+    "old values awaited": ("multiplied", "first_output"),
     "epilogue": ("multiplied", "done"),
     "until the next unit": ("done", "next"),
     "whole period": ("taken", "next"),
@@ -110,11 +103,13 @@ def table(recorded: Recorded) -> str:
         parts = [f"{name} {v.median():.0f} ({v.quantile(0.9):.0f})" for name, v in spans.items()]
         lines.append(f"  {product:7} " + "; ".join(parts))
     rows = recorded.marks[:, 0]
-    for name in CTA_MARKS[4:]:
+    for name in TIMES:
         column = CTA_MARKS.index(name)
         times = [recorded.microseconds(cta, int(row[column])) for cta, row in enumerate(rows) if row[column]]
         if times:
             lines.append(f"  {name}: {min(times):.0f} to {max(times):.0f} us")
+    for name in CTA_MARKS[9:]:
+        lines.append(f"  {name}, of one warp a CTA: {int(rows[:, CTA_MARKS.index(name)].sum())}")
     ends = [recorded.microseconds(cta, int(row[2])) for cta, row in enumerate(rows)]
     return "\n".join([*lines, f"  end of the math warps: {min(ends):.0f} to {max(ends):.0f} us"])
 
