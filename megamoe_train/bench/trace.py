@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -48,45 +50,51 @@ class Recorded:
     which: str
     marks: Tensor
 
-    def units(self, cta: int) -> Iterator[tuple[str, int, Tensor, int]]:
-        """(product, expert, marks, when the math warp took its next unit or 0) of a CTA, in order."""
-        rows = self.marks[cta]
-        for row in range(1, ROWS):
-            if rows[row, MARKS.index("taken")] == 0:
+    @cached_property
+    def rows(self) -> list[list[list[int]]]:
+        """The marks as Python numbers: they are asked for a hundred thousand times."""
+        return self.marks.tolist()
+
+    @cached_property
+    def ctas(self) -> list[dict[str, int]]:
+        return [dict(zip(CTA_MARKS, rows[0], strict=False)) for rows in self.rows]
+
+    @cached_property
+    def begin_ns(self) -> int:
+        return min(cta["global"] for cta in self.ctas)
+
+    def units(self, cta: int) -> Iterator[tuple[str, int, dict[str, int]]]:
+        """(product, expert, marks by name) of a CTA, in order. "next": when the math warp took its next unit, or 0."""
+        units = [dict(zip(MARKS, row, strict=False)) for row in self.rows[cta][1:]]
+        for at, following in zip(units, [*units[1:], {"taken": 0}], strict=True):
+            if at["taken"] == 0:
                 return
-            product, expert = divmod(int(rows[row, 0]), 1 << 32)
-            following = int(rows[row + 1, MARKS.index("taken")]) if row + 1 < ROWS else 0
-            yield PRODUCTS[self.which][product], expert, rows[row], following
+            product, expert = divmod(at["unit"], 1 << 32)
+            yield PRODUCTS[self.which][product], expert, at | {"next": following["taken"]}
 
     def spans(self) -> dict[str, dict[str, Tensor]]:
         """Cycles of each of SPANS, by product."""
         found: dict[str, dict[str, list[int]]] = {name: {} for name in PRODUCTS[self.which]}
-        for cta in range(len(self.marks)):
-            for product, _, marks, following in self.units(cta):
+        for cta in range(len(self.rows)):
+            for product, _, at in self.units(cta):
                 for name, (begin, end) in SPANS.items():
-                    first = int(marks[MARKS.index(begin)])
-                    last = following if end == "next" else int(marks[MARKS.index(end)])
-                    if first and last:
-                        found[product].setdefault(name, []).append(last - first)
+                    if at[begin] and at[end]:
+                        found[product].setdefault(name, []).append(at[end] - at[begin])
         return {product: {name: torch.tensor(v).float() for name, v in of.items()} for product, of in found.items()}
 
     def microseconds(self, cta: int, clock: int) -> float:
         """A reading of a CTA's SM clock on the GPU's clock, since the first CTA began."""
-        begin, begin_ns, end, end_ns = (int(v) for v in self.marks[cta, 0, :4])
-        since = (clock - begin) * (end_ns - begin_ns) / max(1, end - begin)
-        return (begin_ns - int(self.marks[:, 0, 1].min()) + since) / 1e3
+        own = self.ctas[cta]
+        nanoseconds, cycles = own["global_end"] - own["global"], own["clock_end"] - own["clock"]
+        return (own["global"] - self.begin_ns + (clock - own["clock"]) * nanoseconds / max(1, cycles)) / 1e3
 
 
 def record(case: fused.Case, which: str) -> Recorded:
     """One launch, after another one to warm up."""
-    size = torch.ops.megamoe.trace_size()
-    if size == 0:
-        how = "MEGAMOE_TRACE=1 python setup.py build_ext --inplace"
-        raise ValueError(f"bench trace: these kernels record nothing; build them with: {how}")
     call = case.forward if which == "fwd" else case.backward
     for _ in range(3):
         fused.run(call)
-    memory = torch.zeros(size, dtype=torch.int64, device="cuda")
+    memory = torch.zeros(torch.ops.megamoe.trace_size(), dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
     torch.ops.megamoe.set_trace(memory.data_ptr())
     try:
@@ -102,15 +110,13 @@ def table(recorded: Recorded) -> str:
     for product, spans in recorded.spans().items():
         parts = [f"{name} {v.median():.0f} ({v.quantile(0.9):.0f})" for name, v in spans.items()]
         lines.append(f"  {product:7} " + "; ".join(parts))
-    rows = recorded.marks[:, 0]
     for name in TIMES:
-        column = CTA_MARKS.index(name)
-        times = [recorded.microseconds(cta, int(row[column])) for cta, row in enumerate(rows) if row[column]]
+        times = [recorded.microseconds(cta, own[name]) for cta, own in enumerate(recorded.ctas) if own[name]]
         if times:
             lines.append(f"  {name}: {min(times):.0f} to {max(times):.0f} us")
     for name in CTA_MARKS[9:]:
-        lines.append(f"  {name}, of one warp a CTA: {int(rows[:, CTA_MARKS.index(name)].sum())}")
-    ends = [recorded.microseconds(cta, int(row[2])) for cta, row in enumerate(rows)]
+        lines.append(f"  {name}, of one warp a CTA: {sum(own[name] for own in recorded.ctas)}")
+    ends = [recorded.microseconds(cta, own["clock_end"]) for cta, own in enumerate(recorded.ctas)]
     return "\n".join([*lines, f"  end of the math warps: {min(ends):.0f} to {max(ends):.0f} us"])
 
 
@@ -124,9 +130,8 @@ def chrome(recorded: Recorded) -> dict:
             duration = recorded.microseconds(cta, end) - start
             events.append({"name": name, "ph": "X", "pid": cta, "tid": role, "ts": start, "dur": duration})
 
-    for cta in range(len(recorded.marks)):
-        for product, expert, marks, _ in recorded.units(cta):
-            at = {name: int(marks[i]) for i, name in enumerate(MARKS)}
+    for cta, row in enumerate(recorded.ctas):
+        for product, expert, at in recorded.units(cta):
             label = f"{product} of expert {expert}"
             add(cta, "scheduler", f"inputs of {label}", at["claimed"], at["ready"])
             add(cta, "loader", f"operands of {label}", at["loading"], at["loaded"])
@@ -134,7 +139,6 @@ def chrome(recorded: Recorded) -> dict:
             add(cta, "math", label, at["first_stage"], at["multiplied"])
             add(cta, "math", f"epilogue of {label}", at["multiplied"], at["done"])
             add(cta, "storer", f"results of {label}", at["first_full"], at["sent"])
-        row = {name: int(recorded.marks[cta, 0, i]) for i, name in enumerate(CTA_MARKS)}
         add(cta, "mover", "pull", row["clock"], row["pulled"])
         add(cta, "mover", "second pull", row["pulled"], row["pulled_second"])
         add(cta, "mover", "sums", row["summing"], row["summed"])
@@ -152,6 +156,10 @@ def add_arguments(tables: argparse._SubParsersAction) -> None:
 
 def main(args: argparse.Namespace) -> int:
     ops.load()
+    if torch.ops.megamoe.trace_size() == 0:
+        how = "MEGAMOE_TRACE=1 python setup.py build_ext --inplace"
+        print(f"bench trace: these kernels record nothing; build them with: {how}", file=sys.stderr)
+        return 2
     memory = torch.cuda.get_device_properties(0).total_memory
     case = fused.Case(layer_load.shape_of(args.shape, 1, memory), args.seed)
     for which in args.passes:
@@ -159,7 +167,8 @@ def main(args: argparse.Namespace) -> int:
         print(table(recorded), flush=True)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / f"{which}.json").write_text(json.dumps(chrome(recorded)))
-            draw(chrome(recorded)["traceEvents"], args.out / f"{which}.png", f"{args.shape}, {which}, EP = 1")
+            events = chrome(recorded)
+            (args.out / f"{which}.json").write_text(json.dumps(events))
+            draw(events["traceEvents"], args.out / f"{which}.png", f"{args.shape}, {which}, EP = 1")
     case.workspace.close()
     return 0
