@@ -27,25 +27,29 @@ __device__ __forceinline__ RowTargets row_targets(const FusedParams& params, con
     return targets;
 }
 
-// 128 columns of 64 rows: two neighbouring parts. 16 lanes a row, 256 bytes each.
+// 128 columns of 64 rows: two neighbouring parts. Eight lanes a row, 16 bytes each of either part: one pointer serves
+// two stores of whole lines.
 __device__ __forceinline__ void scatter_stage(uint32_t part, const RowTargets& targets, int column) {
-    constexpr int kBatch = 4;
-    const int lane = threadIdx.x & 31;
-    const uint32_t from = part + (lane >> 3 & 1) * kPartBytes;
-    const int64_t at = int64_t{column} * 2 + (lane & 15) * 16;
-#pragma unroll 1
-    for (int first = 0; first < kWarpgroupM; first += 2 * kBatch) {
-        uint4 v[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            v[i] = ptx::load_shared_v4(from + ptx::swizzle_128(first + 2 * i + (lane >> 4), lane & 7));
-        }
+    constexpr int kRows = 4;  // a warp at a time
+    const int lane = threadIdx.x & 31, row = lane / 8, unit = lane % 8;
+    const int64_t at = int64_t{column} * 2 + unit * 16;
+    // Row r of a batch of eight, r = row and row + 4: the swizzle is that of any batch.
+    const uint32_t low = part + ptx::swizzle_128(row, unit), high = part + ptx::swizzle_128(row + kRows, unit);
+#pragma unroll 2
+    for (int first = 0; first < kWarpgroupM; first += 2 * kRows) {
+        const uint4 v[4] = {ptx::load_shared_v4(low + first * 128), ptx::load_shared_v4(low + first * 128 + kPartBytes),
+                            ptx::load_shared_v4(high + first * 128),
+                            ptx::load_shared_v4(high + first * 128 + kPartBytes)};
         // The rows of a batch are neighbours: either all below 32 or none.
         const uint64_t mine = reinterpret_cast<uint64_t>(first < 32 ? targets.slot[0] : targets.slot[1]);
+        const uint64_t slots[2] = {__shfl_sync(0xffffffffu, mine, (first & 31) + row),
+                                   __shfl_sync(0xffffffffu, mine, (first & 31) + row + kRows)};
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const uint64_t slot = __shfl_sync(0xffffffffu, mine, (first + 2 * i + (lane >> 4)) & 31);
-            if (slot != 0) ptx::store_v4(reinterpret_cast<uint8_t*>(slot) + at, v[i]);
+        for (int i = 0; i < 2; ++i) {
+            if (slots[i] == 0) continue;
+            uint8_t* to = reinterpret_cast<uint8_t*>(slots[i]) + at;
+            ptx::store_v4(to, v[2 * i]);
+            ptx::store_v4(to + 128, v[2 * i + 1]);
         }
     }
 }
