@@ -45,29 +45,41 @@ __device__ __forceinline__ TokenState token_state(const FusedParams& params, int
     return state;
 }
 
-// One token by a warp. kBatch: slots in flight per lane.
-template <int kBatch>
+// One token by a warp. In flight per lane: kSteps loads of 16 bytes from each of kBatch slots.
+template <int kBatch, int kSteps>
 __device__ __forceinline__ void sum_slots(const FusedParams& params, int token, unsigned kept) {
+    constexpr int kStepBytes = 32 * 16;
     const Peers& peers = params.peers;
     const int lane = threadIdx.x & 31;
     const int64_t stride = peers.layout.shape.tokens * params.row_bytes;
     const uint8_t* slots = combine_slot(peers, peers.rank, token, 0);
     uint8_t* out = params.tokens_out + int64_t{token} * params.row_bytes;
-    for (int at = lane * 16; at < params.row_bytes; at += 512) {
-        float sum[8] = {};
+    for (int at = lane * 16; at < params.row_bytes; at += kSteps * kStepBytes) {
+        float sum[kSteps][8] = {};
         for (int base = 0; base < params.top_k; base += kBatch) {
-            uint4 v[kBatch];
+            uint4 v[kBatch][kSteps];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 const bool there = base + i < params.top_k && (kept >> (base + i) & 1);
-                v[i] = there ? ptx::load_v4_once(slots + (base + i) * stride + at) : uint4{0, 0, 0, 0};
+#pragma unroll
+                for (int s = 0; s < kSteps; ++s) {
+                    const int column = at + s * kStepBytes;
+                    const bool inside = there && column < params.row_bytes;
+                    v[i][s] = inside ? ptx::load_v4_once(slots + (base + i) * stride + column) : uint4{0, 0, 0, 0};
+                }
             }
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-                if (base + i < params.top_k) add_bf16(sum, v[i], base + i == 0);
+                if (base + i >= params.top_k) continue;
+#pragma unroll
+                for (int s = 0; s < kSteps; ++s) add_bf16(sum[s], v[i][s], base + i == 0);
             }
         }
-        ptx::store_v4(out + at, round_bf16(sum));
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+            const int column = at + s * kStepBytes;
+            if (column < params.row_bytes) ptx::store_v4(out + column, round_bf16(sum[s]));
+        }
     }
     if (params.dweights != nullptr && lane < params.top_k) {
         const int flat = token * params.top_k + lane;
@@ -88,7 +100,7 @@ __device__ __forceinline__ unsigned pick_tokens(unsigned filled, int most) {
 }
 
 // Takes filled tokens of one block that no other warp has; returns how many it summed. Whole warp.
-template <int kBatch, int kTakenTokens>
+template <int kBatch, int kSteps, int kTakenTokens>
 __device__ __forceinline__ int sum_block(const FusedParams& params, int block, uint32_t epoch) {
     const int lane = threadIdx.x & 31;
     const int token = block * 32 + lane;
@@ -105,7 +117,7 @@ __device__ __forceinline__ int sum_block(const FusedParams& params, int block, u
     __syncwarp();
     for (unsigned rest = mine; rest != 0; rest &= rest - 1) {
         const int i = __ffs(rest) - 1;
-        sum_slots<kBatch>(params, block * 32 + i, __shfl_sync(0xffffffffu, state.kept, i));
+        sum_slots<kBatch, kSteps>(params, block * 32 + i, __shfl_sync(0xffffffffu, state.kept, i));
     }
     return __popc(mine);
 }
@@ -134,7 +146,7 @@ __device__ __forceinline__ int missing_rank(const FusedParams& params, int token
 // Sweeps until all tokens are summed. Whole warp. Only after this rank's units have all been handed out or by warps
 // that no unit needs: a CTA that waited here for its own tiles would wait for ever. kTakenTokens: that a warp takes at
 // a time. Returns how many tokens this warp has summed.
-template <int kBatch, int kTakenTokens>
+template <int kBatch, int kSteps, int kTakenTokens>
 __device__ int sum_tokens(const FusedParams& params, uint64_t& seen) {
     const Peers& peers = params.peers;
     const int lane = threadIdx.x & 31;
@@ -152,7 +164,7 @@ __device__ int sum_tokens(const FusedParams& params, uint64_t& seen) {
         summed = __shfl_sync(0xffffffffu, summed, 0);
         if (summed >= params.tokens) return mine;
         if (summed != before) before = summed, start = ptx::global_nanoseconds();
-        const int count = sum_block<kBatch, kTakenTokens>(params, block, epoch);
+        const int count = sum_block<kBatch, kSteps, kTakenTokens>(params, block, epoch);
         mine += count;
         if (count != 0) {
             if (lane == 0) atomicAdd(params.counters.summed, count);
