@@ -3,10 +3,10 @@
     python scripts/gpu_matrix.py                       # all rows that fit, on all GPUs (2), fused backend
     python scripts/gpu_matrix.py --ranks 2 --backend reference --rows "EP=2" "clamp"   # also on the CPU, over gloo
 
-Each row prints what became of it: `ran` with the largest relative differences of losses and gradient norms, `failed`
-with the first line of why, `not run` with what is missing. `--out FILE.json` keeps the table. A row that breaks its
-processes costs the others nothing: they are started again for the rows that are left. Exits 1 where a row failed or
-differed by more than its limit.
+Each row prints, once it is known, what became of it: `ran` with the largest relative differences of losses and of
+gradient norms, `failed` with the first line of why, `not run` with what is missing. `--out FILE.json` keeps the table.
+A row that breaks its processes costs the others nothing: they are started again for the rows that are left. Exits 1
+where a row failed or differed by more than its limit.
 """
 
 from __future__ import annotations
@@ -125,13 +125,36 @@ def difference(theirs: list[float], ours: list[float], steps: int = STEPS) -> fl
     return max(abs(a - b) / abs(a) if a == a and b == b else float("inf") for a, b in pairs[:steps])
 
 
-def run_rows(names: list[str], ranks: int, backend: str, folder: Path) -> dict[str, dict]:
+class Answers:
+    """What the rows became, each told of as soon as it is known."""
+
+    def __init__(self, path: Path, tell: Callable[[dict], None]):
+        self.path, self.tell = path, tell
+        self.found: dict[str, dict] = {}
+
+    def add(self, answer: dict) -> None:
+        if answer["row"] not in self.found:
+            self.found[answer["row"]] = answer
+            self.tell(answer)
+
+    def read(self) -> int:
+        """Takes what the worker has written; how many there are."""
+        if self.path.exists():
+            *whole, _ = self.path.read_text().split("\n")  # the last line may still be on its way
+            for line in whole:
+                self.add(json.loads(line))
+        return len(self.found)
+
+
+def run_rows(
+    names: list[str], ranks: int, backend: str, folder: Path, tell: Callable[[dict], None]
+) -> dict[str, dict]:
     """Starts workers until every row has an answer: a worker that breaks has failed in its first row without one."""
-    answers, found = folder / "answers.jsonl", {}
+    answers = Answers(folder / "answers.jsonl", tell)
     left = list(names)
     while left:
-        log = folder / f"worker-{len(found)}.log"
-        options = ("--work", json.dumps(left), "--backend", backend, "--answers", str(answers))
+        log = folder / f"worker-{len(answers.found)}.log"
+        options = ("--work", json.dumps(left), "--backend", backend, "--answers", str(answers.path))
         command, environment = trainings.torchrun(ranks, "gpu_matrix.py", *options)
         environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         environment.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
@@ -142,22 +165,21 @@ def run_rows(names: list[str], ranks: int, backend: str, folder: Path) -> dict[s
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=trainings.ROOT
             )
             status = _wait(worker, answers, ROW_SECONDS)
-        lines = answers.read_text().splitlines() if answers.exists() else []
-        found |= {answer["row"]: answer for answer in map(json.loads, lines)}
-        left = [name for name in left if name not in found]
+        answers.read()
+        left = [name for name in left if name not in answers.found]
         if left:  # the first of them broke the worker
-            found[left[0]] = {"row": left[0], "failed": _why(log, status), "log": str(log)}
+            answers.add({"row": left[0], "failed": _why(log, status), "log": str(log)})
             left = left[1:]
-    return found
+    return answers.found
 
 
-def _wait(worker: subprocess.Popen, answers: Path, seconds: float) -> str:
+def _wait(worker: subprocess.Popen, answers: Answers, seconds: float) -> str:
     """Until the worker ends, or no answer has come for `seconds`. What became of it, in words."""
-    size, since = -1, time.monotonic()
+    count, since = -1, time.monotonic()
     while worker.poll() is None:
-        now = answers.stat().st_size if answers.exists() else 0
-        if now != size:
-            size, since = now, time.monotonic()
+        now = answers.read()
+        if now != count:
+            count, since = now, time.monotonic()
         if time.monotonic() - since > seconds:
             worker.terminate()
             try:
@@ -245,7 +267,15 @@ def run_matrix(names: list[str], options: argparse.Namespace) -> int:
     compared = [name for name in names if name in ROWS]
     absent = {name: why for name in compared if (why := missing(name, ranks, has_engine, bool(gpus)))}
     folder = Path(tempfile.mkdtemp(prefix="megamoe-matrix-"))
-    found = run_rows([name for name in compared if name not in absent], ranks, options.backend, folder)
+    print(f"{ranks} ranks on {device}, backend {options.backend}, {STEPS} steps; logs in {folder}")
+    print(f"| {'row':<70} | state   | seconds | found")
+    print(f"|{'-' * 72}|---------|---------|------", flush=True)
+
+    def tell(answer: dict) -> None:
+        seconds = f"{answer['seconds']:.1f}" if "seconds" in answer else ""
+        print(f"| {answer['row']:<70} | {state_of(answer, limits):<7} | {seconds:>7} | {figures(answer)}", flush=True)
+
+    found = run_rows([name for name in compared if name not in absent], ranks, options.backend, folder, tell)
     place = None
     for name in (name for name in names if name not in ROWS):
         if ranks < 2:
@@ -254,16 +284,9 @@ def run_matrix(names: list[str], options: argparse.Namespace) -> int:
         place = place or matrix_checkpoints.Place(folder, options.backend, bool(gpus), limits)
         start = time.monotonic()
         found[name] = matrix_checkpoints.run_row(name, place) | {"seconds": time.monotonic() - start}
-    print(f"{ranks} ranks on {device}, backend {options.backend}, {STEPS} steps; logs in {folder}")
-    print(f"| {'row':<70} | state   | seconds | found")
-    print(f"|{'-' * 72}|---------|---------|------")
-    for name in names:
-        if name in absent:
-            print(f"| {name:<70} | not run |         | {absent[name]}")
-            continue
-        answer = found[name]
-        seconds = f"{answer['seconds']:.1f}" if "seconds" in answer else ""
-        print(f"| {name:<70} | {state_of(answer, limits):<7} | {seconds:>7} | {figures(answer)}")
+        tell(found[name])
+    for name, why in absent.items():
+        print(f"| {name:<70} | not run |         | {why}")
     if options.out:
         table = {"device": device, "ranks": ranks, "backend": options.backend, "steps": STEPS, "limits": limits}
         rows = [{"row": name, "not_run": absent[name]} if name in absent else found[name] for name in names]

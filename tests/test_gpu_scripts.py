@@ -60,7 +60,9 @@ for name in left:
     monkeypatch.setattr(gpu_matrix.sys, "executable", str(fake))
     monkeypatch.setattr(gpu_matrix, "ROW_SECONDS", 2)
     names = ["z loss", "MTP", "recompute moe", "EP=2", "EP=1, DDP"]
-    found = gpu_matrix.run_rows(names, 2, "fused", tmp_path)
+    told: list[dict] = []
+    found = gpu_matrix.run_rows(names, 2, "fused", tmp_path, told.append)
+    assert [answer["row"] for answer in told] == names
     states = [gpu_matrix.state_of(found[name], (1e-6, 1e-3)) for name in names]
     assert states == ["ran", "failed", "ran", "failed", "ran"]
     assert found["MTP"]["failed"] == "exit status 1; MegaMoETimeout: rank 1 waited for rank 0"
