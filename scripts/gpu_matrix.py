@@ -146,9 +146,7 @@ class Answers:
         return len(self.found)
 
 
-def run_rows(
-    names: list[str], ranks: int, backend: str, folder: Path, tell: Callable[[dict], None]
-) -> dict[str, dict]:
+def run_rows(names: list[str], ranks: int, backend: str, folder: Path, tell: Callable[[dict], None]) -> dict[str, dict]:
     """Starts workers until every row has an answer: a worker that breaks has failed in its first row without one."""
     answers = Answers(folder / "answers.jsonl", tell)
     left = list(names)
