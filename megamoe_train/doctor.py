@@ -149,7 +149,9 @@ def probe_apex() -> Section:
     """NVIDIA's apex is not on PyPI; PyPI's `apex` is another project under the same name. Told apart by contents."""
     spec = _spec("apex")
     if spec is None or not spec.submodule_search_locations:
-        return {"state": "not installed (not needed: with TransformerEngine Megatron uses nothing of it)"}
+        return {
+            "state": "not installed (with TransformerEngine, Megatron needs it for gradient accumulation fusion only)"
+        }
     folder = Path(next(iter(spec.submodule_search_locations)))
     version = versions.installed_version("apex") or "unknown version"
     if (folder / "multi_tensor_apply").is_dir() or (folder / "optimizers").is_dir():

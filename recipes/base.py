@@ -10,6 +10,11 @@ def _has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def _has_apex() -> bool:
+    """Whether there is the part of NVIDIA's apex that Megatron's output layer needs to add its gradient in place."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 @dataclass(frozen=True)
 class World:
     """The processes a job runs on."""
@@ -17,6 +22,7 @@ class World:
     num_ranks: int  # all processes of the job
     num_gpus: int  # GPUs on this machine; 0 means the job runs on the CPU over gloo
     has_transformer_engine: bool = field(default_factory=_has_transformer_engine)
+    has_apex: bool = field(default_factory=_has_apex)
 
     @property
     def on_gpu(self) -> bool:

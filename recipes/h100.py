@@ -62,9 +62,19 @@ RUN = {
 
 
 def implementation(world: World) -> dict[str, Any]:
-    """TransformerEngine's layers and grouped experts where it is installed, Megatron's own where it is not."""
+    """TransformerEngine's layers and grouped experts where it is installed, Megatron's own where it is not.
+
+    Gradient accumulation fusion is one switch for all layers, and Megatron's output layer has it from apex alone
+    (tensor_parallel/layers.py:1070 of 0.19.2). megamoe's experts add to main_grad either way.
+    """
     if world.has_transformer_engine:
-        return {"transformer-impl": "transformer_engine", "moe-grouped-gemm": True, "moe-permute-fusion": True}
+        fusion = {} if world.has_apex else {"no-gradient-accumulation-fusion": True}
+        return {
+            "transformer-impl": "transformer_engine",
+            "moe-grouped-gemm": True,
+            "moe-permute-fusion": True,
+            **fusion,
+        }
     return {
         "transformer-impl": "local",
         "no-persist-layer-norm": True,

@@ -22,6 +22,7 @@ LOCAL = shlex.split("""
 --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
 """)
 ENGINE = ["--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
+NO_FUSION = ["--no-gradient-accumulation-fusion"]
 BF16 = ["--bf16"]
 SHARDED = ["--use-distributed-optimizer"]
 EP1, EP2 = (["--expert-model-parallel-size", str(size)] for size in (1, 2))
@@ -37,13 +38,14 @@ class Row:
 
     arguments: tuple[str, ...]
     engine: bool = False  # needs TransformerEngine
+    apex: bool = False  # and apex: Megatron's output layer adds its gradient in place by apex alone
     ranks: int = 2
     ours: tuple[str, ...] = ()  # settings that must change no number, and which only our run has
     zipf: bool = False  # not compared: ours alone, under loads that change all the time; its memory has to stay flat
 
 
-def row(*parts: list[str], engine: bool = False, ranks: int = 2, ours: str = "", zipf: bool = False) -> Row:
-    return Row(tuple(word for part in parts for word in part), engine, ranks, tuple(shlex.split(ours)), zipf)
+def row(*parts: list[str], engine=False, apex=False, ranks: int = 2, ours: str = "", zipf: bool = False) -> Row:
+    return Row(tuple(word for part in parts for word in part), engine, apex, ranks, tuple(shlex.split(ours)), zipf)
 
 
 # 500 steps of 4096 tokens a rank; a rank's four experts get at most the 16384 rows of both, and padding.
@@ -77,10 +79,13 @@ ROWS = {
     "dropped tokens": row(EP2, ["--moe-expert-capacity-factor", "0.75"]),
     "TransformerEngine: TEGroupedMLP, EP=2": row(EP2, engine=True),
     "TransformerEngine: EP=1, DDP": row(EP1, engine=True),
-    "TransformerEngine: gradient accumulation fusion, overlaps": row(
+    "TransformerEngine: distributed optimizer, overlaps": row(
         EP2, SHARDED, ["--overlap-grad-reduce", "--overlap-param-gather"], engine=True
     ),
-    "TransformerEngine: no gradient accumulation fusion": row(EP2, ["--no-gradient-accumulation-fusion"], engine=True),
+    "TransformerEngine and apex: gradient accumulation fusion": row(EP2, engine=True, apex=True),
+    "TransformerEngine and apex: the same, distributed optimizer, overlaps": row(
+        EP2, SHARDED, ["--overlap-grad-reduce", "--overlap-param-gather"], engine=True, apex=True
+    ),
     "TransformerEngine: recompute full": row(
         EP2, engine=True, ours="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     ),
@@ -101,12 +106,14 @@ ROWS = {
 }  # fmt: skip
 
 
-def missing(name: str, ranks: int, has_engine: bool, on_gpu: bool) -> str | None:
+def missing(name: str, ranks: int, has_engine: bool, has_apex: bool, on_gpu: bool) -> str | None:
     """Why a row cannot run here."""
     if ROWS[name].zipf and not on_gpu:
         return "reads a GPU's memory, none is here"
     if ROWS[name].engine and not has_engine:
         return "TransformerEngine is not installed"
+    if ROWS[name].apex and not has_apex:
+        return "apex (fused_weight_gradient_mlp_cuda) is not installed"
     if ROWS[name].ranks > ranks:
         return f"needs {ROWS[name].ranks} ranks, {ranks} are here"
     return None
@@ -115,7 +122,8 @@ def missing(name: str, ranks: int, has_engine: bool, on_gpu: bool) -> str | None
 def arguments_of(name: str, dispatcher: str, backend: str, on_gpu: bool) -> list[str]:
     """Megatron's command line for one of the two runs of a row."""
     chosen = ROWS[name]
-    words = [*MODEL, *(ENGINE if chosen.engine else LOCAL), *(BF16 if on_gpu else []), *chosen.arguments]
+    layers = [*ENGINE, *([] if chosen.apex else NO_FUSION)] if chosen.engine else LOCAL
+    words = [*MODEL, *layers, *(BF16 if on_gpu else []), *chosen.arguments]
     if "--multi-latent-attention" in words:
         for word, values in (("--group-query-attention", 0), ("--num-query-groups", 1)):
             place = words.index(word)

@@ -53,7 +53,7 @@ for name in left:
     if name == "EP=2":
         time.sleep(60)
     with open(answers, "a") as file:
-        file.write(json.dumps({{"row": name, "first_difference": 0.0, "loss_difference": 0.0}}) + "\\n")
+        file.write(json.dumps({{"row": name, "first_difference": 0.0, "loss_difference": 0.0, "noise": 0.0}}) + "\\n")
 """
     )
     fake.chmod(0o755)
@@ -67,9 +67,10 @@ for name in left:
     assert states == ["ran", "failed", "ran", "failed", "ran"]
     assert found["MTP"]["failed"] == "exit status 1; MegaMoETimeout: rank 1 waited for rank 0"
     assert found["EP=2"]["failed"].startswith("no answer for 2 s")
-    for first, whole in ((1e-5, 1e-5), (0.0, 1e-2), (float("nan"), 0.0)):
-        answer = {"first_difference": first, "loss_difference": whole}
+    for first, whole, noise in ((1e-5, 1e-5, 1.0), (0.0, 1e-2, 4e-3), (float("nan"), 0.0, 0.0)):
+        answer = {"first_difference": first, "loss_difference": whole, "noise": noise}
         assert gpu_matrix.state_of(answer, (1e-6, 1e-3)) == "differs"
+    assert gpu_matrix.state_of({"first_difference": 0.0, "loss_difference": 1e-2, "noise": 6e-3}, (1e-6, 1e-3)) == "ran"
     assert gpu_matrix.difference([2.0] * 6, [2.0, 2.0, 3.0, 2.0, 2.0, 2.0], steps=2) == 0
     assert gpu_matrix.difference([2.0] * 6, [2.0] * 5 + [float("nan")]) == float("inf")
     with pytest.raises(ValueError, match="curves of 5 and 6 steps"):
