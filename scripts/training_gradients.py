@@ -23,7 +23,12 @@ import trainings
 
 TIMES = 2.0  # our error may be so many times alltoall's
 # No weight is updated in a repetition, so nothing has to be sharded or overlapped (such a model would not be freed).
-REPEATED = ("use-distributed-optimizer=false", "overlap-param-gather=false", "overlap-grad-reduce=false")
+REPEATED = (
+    "use-distributed-optimizer=false",
+    "overlap-param-gather=false",
+    "overlap-grad-reduce=false",
+    "lr-warmup-iters=0",  # Megatron refuses a warm-up as long as the training
+)
 BF16_ULP = 2.0**-7  # of a number between 1 and 2
 
 
