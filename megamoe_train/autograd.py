@@ -55,13 +55,22 @@ class Call:
     num_fc1: int  # tensors that hold fc1: 1 (a stack [L,2I,H]) or L; the rest hold fc2
 
 
+def apply(call: Call, x: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...]) -> Tensor:
+    """y, differentiable where gradients are recorded. The launch comes first: peers and the GPU wait for it, and
+    nobody waits for autograd's part."""
+    with torch.no_grad():
+        experts = per_expert(fc1), per_expert(fc2)
+        done = call.backend.forward(x, call.plan, weights, *experts, clamp=call.clamp, group=call.group)
+    return MoE.apply(call, done, x, weights, *fc1, *fc2) if torch.is_grad_enabled() else done[0]
+
+
 class MoE(torch.autograd.Function):
-    """y = sum over k of fc2[e] (p * swiglu(fc1[e] x)). Inputs: Call, x, weights, fc1 tensors, fc2 tensors."""
+    """y = sum over k of fc2[e] (p * swiglu(fc1[e] x)). Inputs: Call, (y, h) of its forward, x, weights, fc1 tensors,
+    fc2 tensors."""
 
     @staticmethod
-    def forward(ctx, call: Call, x: Tensor, weights: Tensor, *experts: Tensor) -> Tensor:
-        fc1, fc2 = per_expert(experts[: call.num_fc1]), per_expert(experts[call.num_fc1 :])
-        y, h = call.backend.forward(x, call.plan, weights, fc1, fc2, clamp=call.clamp, group=call.group)
+    def forward(ctx, call: Call, done: tuple[Tensor, Tensor], x: Tensor, weights: Tensor, *experts: Tensor) -> Tensor:
+        y, h = done
         ctx.call, ctx.spent = call, False
         # The sink knows a parameter by identity (main_grad hangs on it); saved-tensor hooks may hand back a copy.
         ctx.experts = experts
@@ -79,7 +88,7 @@ class MoE(torch.autograd.Function):
             )
         ctx.spent = True
         x, weights, h, *experts = ctx.saved_tensors
-        _, wants_x, wants_weights, *wanted = ctx.needs_input_grad
+        _, _, wants_x, wants_weights, *wanted = ctx.needs_input_grad
         n = call.num_fc1
         first, overwrite1 = _buffers(call.sink, ctx.experts[:n], wanted[:n])
         second, overwrite2 = _buffers(call.sink, ctx.experts[n:], wanted[n:])
@@ -93,7 +102,7 @@ class MoE(torch.autograd.Function):
         dweights = grads.dweights if wants_weights else None
         if dweights is not None and dweights.dtype != weights.dtype:
             dweights = dweights.to(weights.dtype)
-        return None, dx, dweights, *[None if b is None else b.finish() for b in first + second]
+        return None, None, dx, dweights, *[None if b is None else b.finish() for b in first + second]
 
 
 class _Buffer:

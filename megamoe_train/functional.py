@@ -69,7 +69,7 @@ def moe(
     need = chosen.need(x, topk_weights, fc1, fc2, clamp=clamp, recompute=recompute, group=group)
     sink = autograd.ReturnGrads() if wgrad_sink is None else wgrad_sink
     call = autograd.Call(chosen, plan, group, clamp, recompute, sink, need, num_fc1=len(fc1))
-    return autograd.MoE.apply(call, x, topk_weights, *fc1, *fc2)
+    return autograd.apply(call, x, topk_weights, fc1, fc2)
 
 
 def _check_plan(plan: backends.Plan, topk_ids: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> None:
