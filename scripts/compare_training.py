@@ -2,6 +2,7 @@
 
     python scripts/compare_training.py                                  # V4-Flash proxy, 2 GPUs, 200 steps
     python scripts/compare_training.py --only curves --noise-runs 3     # and how far rounding moves alltoall
+    python scripts/compare_training.py --only curves --fixed-rows 98304 # and megamoe with pools of a fixed size
     python scripts/compare_training.py --only gradients --faults weight wgrad slot clamp --noise-runs 3 \\
         --set num-layers=2 --set num-experts=8 --set activation-func-clamp-value=0.5 --out runs/check
     python scripts/compare_training.py --recipe debug --steps 20 --backend reference --set bf16=true   # on the CPU
@@ -27,7 +28,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -38,7 +39,9 @@ from training_faults import FAULTS, replaced
 PROXY = "deepseek_v4_flash_proxy_{}gpu_h100_bf16"
 
 
-def one_run(name: str, dispatcher: str, options: argparse.Namespace, ranks: int, noise: int = 0) -> dict:
+def one_run(
+    name: str, dispatcher: str, options: argparse.Namespace, ranks: int, *, noise: int = 0, sets: Sequence[str] = ()
+) -> dict:
     """Trains once in a folder of its own, in processes of its own; what it measured. Raises RuntimeError."""
     out = options.out / name
     request = {
@@ -53,6 +56,7 @@ def one_run(name: str, dispatcher: str, options: argparse.Namespace, ranks: int,
             "load=none",
             *([f"megamoe-backend={options.backend}"] if dispatcher == "megamoe" else []),
             *options.set,
+            *sets,
         ],
         "cache": str(options.out / "data"),
     }
@@ -185,6 +189,9 @@ def draw(losses: dict[str, list[float]], title: str, path: Path) -> None:
 def compare_curves(options: argparse.Namespace, ranks: int, tokens: int) -> dict:
     """Whole trainings in processes of their own; `passed` where megamoe is within the noise (or there is no noise)."""
     runs = [one_run(name, name, options, ranks) for name in ("alltoall", "megamoe")]
+    if options.fixed_rows:
+        fixed = ("megamoe-sizing=fixed", f"megamoe-capacity={options.fixed_rows}")
+        runs.append(one_run("megamoe, fixed rows", "megamoe", options, ranks, sets=fixed))
     runs += [one_run(f"noise-{n}", "alltoall", options, ranks, noise=n) for n in range(1, options.noise_runs + 1)]
     losses = {run["name"]: [step["loss"] for step in run["steps"]] for run in runs}
     apart = {name: training_checks.distance(losses[name], losses["alltoall"]) for name in list(losses)[1:]}
@@ -194,7 +201,8 @@ def compare_curves(options: argparse.Namespace, ranks: int, tokens: int) -> dict
         "distance_from_alltoall": apart,
         "noise": noise,
         "losses": losses,
-        "passed": noise is None or training_checks.within(apart["megamoe"], noise),
+        "passed": noise is None
+        or all(training_checks.within(apart[name], noise) for name in apart if name.startswith("megamoe")),
     }
 
 
@@ -225,6 +233,9 @@ def main() -> int:
     parser.add_argument("--backend", default="fused", help="of megamoe (default: fused; the CPU has reference)")
     parser.add_argument("--only", choices=["curves", "gradients"], help="one of the two halves")
     parser.add_argument("--noise-runs", type=int, default=0, metavar="N", help="alltoall from weights moved by one ulp")
+    parser.add_argument(
+        "--fixed-rows", type=int, metavar="ROWS", help="one more curve: megamoe with pools of that size"
+    )
     parser.add_argument("--gradient-steps", type=int, nargs="+", default=[1, 50], metavar="STEP")
     parser.add_argument("--faults", nargs="+", default=[], choices=list(FAULTS), help="each has to be noticed")
     parser.add_argument("--data", nargs="+", default=[], metavar="PATH")

@@ -45,9 +45,15 @@ def test_two_trainings_are_compared_and_drawn(tmp_path):
     assert status == 0 and said.count(": as it stands in ") == 2
     assert json.loads((tmp_path / "c" / "compare.json").read_text())["curves"] == curves
 
+    status, said = run_script("compare_training.py", *command, "--fixed-rows", "1024")
+    assert status == 0 and said.count(": as it stands in ") == 2
+    more = json.loads((tmp_path / "c" / "compare.json").read_text())["curves"]
+    assert more["losses"]["megamoe, fixed rows"] == more["losses"]["megamoe"] == curves["losses"]["megamoe"]
+
 
 def test_gradients_keep_the_2x_rule_and_every_fault_breaks_it(tmp_path):
     small_clamp = {"bf16": "true", "activation_func_clamp_value": 0.5}  # one that binds from the first step on
+    small_clamp |= {"lr_warmup_fraction": "none", "lr_warmup_iters": 2}  # as long as the repetitions
     command = options(tmp_path / "g", "--only", "gradients", "--gradient-steps", "1", "3", **small_clamp)
     status, said = run_script("compare_training.py", *command, "--noise-runs", "1", "--faults", *FAULTS)
     assert status == 0, said
