@@ -27,8 +27,8 @@ FusedCounters counters_of(const FusedArgs& args) {
     counters.units = next;
     counters.pulls = next + 1;
     counters.pulled = next + 3;
-    counters.summed = next + 5;
-    counters.frontier = next + 6;
+    counters.turns = next + 5;
+    counters.frontier = next + 7;
     next += kFusedScalars;
     counters.arrived = next, next += 2 * tiles;
     counters.made = next, next += tiles;

@@ -12,7 +12,7 @@ namespace megamoe {
 constexpr int kMoverDepth = 4;  // 16-byte loads in flight per lane of a mover
 constexpr int kMathDepth = 8;   // and of a math warp that helps
 constexpr int kMoverSlots = 6;  // combine slots in flight per lane of a mover
-constexpr int kMathSlots = 6;  // of a math warp, and the 512-byte steps of each: latency, not bandwidth, held it
+constexpr int kMathSlots = 6;   // of a math warp, and the 512-byte steps of each: latency, not bandwidth, held it
 constexpr int kMathSteps = 4;
 
 template <Gemm kGemm>
@@ -171,7 +171,7 @@ __device__ __forceinline__ void fused_mover(const FusedParams& params, int first
     }
     __syncwarp();
     trace.mark(CtaMark::kSumming);
-    trace.count(CtaMark::kMoverTokens, sum_tokens<kMoverSlots, 1, 2>(params, seen));
+    trace.count(CtaMark::kMoverTokens, sum_in_sweeps<kMoverSlots, 1, 2>(params, seen));
     trace.mark(CtaMark::kSummed);
 }
 
@@ -187,7 +187,7 @@ __device__ __forceinline__ void leave() {
 [[noreturn]] static __device__ __noinline__ void sum_and_leave(const FusedParams& params, Trace trace) {
     trace.mark(CtaMark::kMathSumming);
     uint64_t seen = 0;
-    trace.count(CtaMark::kMathTokens, sum_tokens<kMathSlots, kMathSteps, 1>(params, seen));
+    trace.count(CtaMark::kMathTokens, sum_in_turns<kMathSlots, kMathSteps>(params, seen));
     trace.tie(CtaMark::kClockEnd, CtaMark::kGlobalEnd);
     leave();
     asm volatile("exit;");

@@ -21,7 +21,7 @@ struct FusedCounters {
     int* units;       // handed out
     int* pulls;       // [2] claims of rows to pull
     int* pulled;      // [2] rows pulled
-    int* summed;      // tokens summed
+    int* turns;       // [2] to sum tokens, begun in each round
     int* frontier;    // [2] highest expert, of those a pull is for, that a unit was handed out of
     int* arrived;     // [2, tiles] rows that have arrived of each row tile
     int* made;        // [tiles] finished (column tile, warpgroup)s of fc1 or dgrad2
@@ -29,7 +29,7 @@ struct FusedCounters {
     unsigned* taken;  // [ceil(T / 32)] tokens that a warp has taken to sum, a bit each
 };
 
-constexpr int kFusedScalars = 8;  // ints before the arrays
+constexpr int kFusedScalars = 9;  // ints before the arrays
 
 struct FusedParams {
     GemmParams products[kMaxProducts];

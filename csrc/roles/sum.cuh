@@ -1,5 +1,8 @@
 // Sum role of the fused kernels: y (or dx) of a token is the sum of its combine slots, fp32, k ascending, rounded once.
-// Warps sweep over blocks of 32 tokens and take those whose slots are all filled.
+//
+// While there is other work, movers sweep over blocks of 32 tokens and take those whose slots are all filled. Math
+// warps that have no more units take turns instead, two tokens each: one round for those that are filled, and one that
+// waits for the rest. (By sweeps many warps would look for few tokens at the end.)
 #pragma once
 #include "roles/combine.cuh"
 #include "roles/fused_params.cuh"
@@ -7,7 +10,9 @@
 namespace megamoe {
 
 constexpr int kMaxTopK = 16;
-constexpr int kSlotsAsked = 8;  // slots of a token that are looked at together
+constexpr int kSlotsAsked = 8;  // slots of a token that a lane looks at together
+constexpr int kTurnTokens = 2;  // tokens of a turn, 16 lanes each
+static_assert(32 / kTurnTokens >= kMaxTopK && 32 % kTurnTokens == 0);
 
 // Bits of the kept slots of a token, and whether the rank that fills each has done so.
 struct TokenState {
@@ -122,64 +127,157 @@ __device__ __forceinline__ int sum_block(const FusedParams& params, int block, u
     return __popc(mine);
 }
 
-// The first thing missing, for the record of a wait that failed: rank, or -1.
-__device__ __forceinline__ int missing_rank(const FusedParams& params, int token, uint32_t epoch) {
+// Records the first slot that is missing of tokens [first, end), and the epoch in which its row tile was last pushed.
+[[noreturn]] static __device__ __noinline__ void fail_sum(const FusedParams& params, Failure failure, uint32_t epoch,
+                                                          int first, int end) {
     const Peers& peers = params.peers;
-    for (int k = 0; k < params.top_k; ++k) {
-        const long long row = params.slot_of[token * params.top_k + k];
+    for (int flat = first * params.top_k; flat < min(end, params.tokens) * params.top_k; ++flat) {
+        const long long row = params.slot_of[flat];
         if (row < 0) continue;
-        const int owner = params.ids[token * params.top_k + k] / (params.experts / peers.ranks);
+        const int owner = params.ids[flat] / (params.experts / peers.ranks);
         const uint32_t flag =
             ptx::load_relaxed_sys(tile_flag(peers, peers.rank, owner, static_cast<int>(row / kRowTile)));
-        if (static_cast<int>(flag - epoch) < 0) return owner;
+        if (static_cast<int>(flag - epoch) >= 0) continue;
+        fail(peers, Waiting::kSlotsFilled, failure, owner, epoch_word(epoch), epoch_word(flag));
     }
-    return -1;
+    fail(peers, Waiting::kSlotsFilled, failure, -1, epoch_word(epoch), epoch_word(epoch));
 }
 
-[[noreturn]] static __device__ __noinline__ void fail_sum(const FusedParams& params, Failure failure, uint32_t epoch,
-                                                          int summed) {
-    int peer = -1;
-    for (int token = 0; token < params.tokens && peer < 0; ++token) peer = missing_rank(params, token, epoch);
-    fail(params.peers, Waiting::kSlotsFilled, failure, peer, epoch_word(epoch), static_cast<uint64_t>(summed));
-}
-
-// Sweeps until all tokens are summed. Whole warp. Only after this rank's units have all been handed out or by warps
-// that no unit needs: a CTA that waited here for its own tiles would wait for ever. kTakenTokens: that a warp takes at
-// a time. Returns how many tokens this warp has summed.
-template <int kBatch, int kSteps, int kTakenTokens>
-__device__ int sum_tokens(const FusedParams& params, uint64_t& seen) {
+// By one thread that waits for slots of tokens [first, end): ends the wait where there is nothing to wait for any more.
+__device__ __forceinline__ void check_sum(const FusedParams& params, unsigned long long start, uint32_t epoch,
+                                          int first, int end) {
     const Peers& peers = params.peers;
+    if (ptx::load_relaxed_sys(words(peers, peers.rank, peers.layout.abort)) != 0) {
+        fail_sum(params, Failure::kAborted, epoch, first, end);
+    }
+    if (ptx::global_nanoseconds() - start > peers.deadline.nanoseconds) {
+        fail_sum(params, Failure::kExpired, epoch, first, end);
+    }
+}
+
+// The slot of a turn that a lane looks at: k = lane % 16 of token lane / 16.
+struct TurnSlot {
+    const uint32_t* flag;  // null: no slot, or a dropped one
+    unsigned kept;         // of both tokens, 16 bits each; the same in all lanes
+};
+
+__device__ __forceinline__ TurnSlot turn_slot(const FusedParams& params, int first) {
+    constexpr int kLanes = 32 / kTurnTokens;
+    const Peers& peers = params.peers;
+    const int lane = threadIdx.x & 31, token = first + lane / kLanes, k = lane % kLanes;
+    const bool there = token < params.tokens && k < params.top_k;
+    const int flat = token * params.top_k + k;
+    const long long row = there ? params.slot_of[flat] : -1;
+    const int owner = there ? params.ids[flat] / (params.experts / peers.ranks) : 0;
+    TurnSlot slot{nullptr, __ballot_sync(0xffffffffu, row >= 0)};
+    if (row >= 0) slot.flag = tile_flag(peers, peers.rank, owner, static_cast<int>(row / kRowTile));
+    return slot;
+}
+
+// A bit per token of the turn whose slots are all filled.
+__device__ __forceinline__ unsigned turn_filled(const TurnSlot& slot, uint32_t epoch) {
+    const bool missing = slot.flag != nullptr && static_cast<int>(ptx::load_relaxed_sys(slot.flag) - epoch) < 0;
+    const unsigned lanes = __ballot_sync(0xffffffffu, missing);
+    unsigned filled = 0;
+    for (int t = 0; t < kTurnTokens; ++t) {
+        if ((lanes >> (32 / kTurnTokens * t) & ((1u << 32 / kTurnTokens) - 1)) == 0) filled |= 1u << t;
+    }
+    return filled;
+}
+
+// Sums what nobody else has taken of a turn's tokens; `wait`: all of it. Returns how many. Whole warp.
+template <int kBatch, int kSteps>
+__device__ __forceinline__ int sum_turn(const FusedParams& params, int first, bool wait, uint32_t epoch) {
+    const int lane = threadIdx.x & 31, shift = first % 32;
+    unsigned* word = params.counters.taken + first / 32;
+    // An older word costs a look at the slots, no more: the atomic decides.
+    unsigned open = lane == 0 ? ~*const_cast<volatile unsigned*>(word) >> shift : 0;
+    open = __shfl_sync(0xffffffffu, open, 0) & ((1u << min(kTurnTokens, params.tokens - first)) - 1);
+    if (open == 0) return 0;
+    const TurnSlot slot = turn_slot(params, first);
+    unsigned filled = turn_filled(slot, epoch);
+    if (wait && (filled & open) != open) {
+        const unsigned long long start = ptx::global_nanoseconds();
+        do {
+            __nanosleep(500);
+            if (lane == 0) check_sum(params, start, epoch, first, first + kTurnTokens);
+            __syncwarp();
+            filled = turn_filled(slot, epoch);
+        } while ((filled & open) != open);
+    }
+    open &= filled;
+    if (open == 0) return 0;
+    unsigned taken = lane == 0 ? atomicOr(word, open << shift) : 0;
+    open &= ~(__shfl_sync(0xffffffffu, taken, 0) >> shift);
+    // Flag -> slots: ld.relaxed.sys by a lane, fence.acq_rel.sys by the same; barrier; loads by all lanes.
+    ptx::fence_acq_rel_sys();
+    random_delay();
+    __syncwarp();
+    for (int t = 0; t < kTurnTokens; ++t) {
+        const unsigned kept = slot.kept >> (32 / kTurnTokens * t) & ((1u << 32 / kTurnTokens) - 1);
+        if (open >> t & 1) sum_slots<kBatch, kSteps>(params, first + t, kept);
+    }
+    return __popc(open);
+}
+
+__device__ __forceinline__ bool all_taken(const FusedParams& params) {
+    bool open = false;
+    for (int first = 32 * (threadIdx.x & 31); first < params.tokens; first += 1024) {
+        const unsigned all = 0xffffffffu >> max(0, 32 - (params.tokens - first));
+        const unsigned taken = *const_cast<volatile unsigned*>(params.counters.taken + first / 32);
+        open = open || (taken & all) != all;
+    }
+    return !__any_sync(0xffffffffu, open);
+}
+
+// Both rounds of turns. Whole warp; only warps that no unit needs, since a CTA that waited here for its own tiles would
+// wait for ever. Whoever has the last turn of the second round leaves no token behind that is not taken. Returns how
+// many tokens this warp has summed.
+template <int kBatch, int kSteps>
+__device__ int sum_in_turns(const FusedParams& params, uint64_t& seen) {
     const int lane = threadIdx.x & 31;
-    const uint32_t epoch = static_cast<uint32_t>(state_word(peers, kStateOpEpoch));
-    const int blocks = ceil_div(params.tokens, 32);
+    const uint32_t epoch = static_cast<uint32_t>(state_word(params.peers, kStateOpEpoch));
     // Whoever finishes has seen every peer start: none can be an operation behind.
-    wait_for_all_peers(peers, expected_ready(params), seen);
-    unsigned long long start = ptx::global_nanoseconds();  // of the time without any progress
-    int before = 0, mine = 0;
+    wait_for_all_peers(params.peers, expected_ready(params), seen);
+    int mine = 0;
+    for (int round = 0; round < 2; ++round) {
+        int* turns = params.counters.turns + round;
+        int next = lane == 0 ? atomicAdd(turns, 1) : 0;
+        if (all_taken(params)) continue;  // of backward's tokens the movers leave none
+        for (int turn; (turn = __shfl_sync(0xffffffffu, next, 0)) * kTurnTokens < params.tokens;) {
+            next = lane == 0 ? atomicAdd(turns, 1) : 0;  // on its way while this one is summed
+            mine += sum_turn<kBatch, kSteps>(params, turn * kTurnTokens, round == 1, epoch);
+        }
+    }
+    return mine;
+}
+
+// Sweeps until all tokens are taken, or the second round of turns has begun: some math warp has no more units then, and
+// each token has been looked at. kTakenTokens: that a warp takes at a time. Returns how many this warp has summed.
+template <int kBatch, int kSteps, int kTakenTokens>
+__device__ int sum_in_sweeps(const FusedParams& params, uint64_t& seen) {
+    const int lane = threadIdx.x & 31, blocks = ceil_div(params.tokens, 32);
+    const uint32_t epoch = static_cast<uint32_t>(state_word(params.peers, kStateOpEpoch));
+    wait_for_all_peers(params.peers, expected_ready(params), seen);
+    unsigned long long start = ptx::global_nanoseconds();  // of the time in which this warp has found nothing
+    int mine = 0;
     // Every warp sweeps over all blocks; only where it begins depends on its place.
     int block = blocks == 0 ? 0 : static_cast<int>((blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 37 % blocks);
     for (int idle = 0;; block = block + 1 < blocks ? block + 1 : 0) {
         // One lane decides for the warp: another one might read a newer number and leave alone.
-        int summed = lane == 0 ? ptx::load_relaxed_gpu(params.counters.summed) : 0;
-        summed = __shfl_sync(0xffffffffu, summed, 0);
-        if (summed >= params.tokens) return mine;
-        if (summed != before) before = summed, start = ptx::global_nanoseconds();
-        const int count = sum_block<kBatch, kSteps, kTakenTokens>(params, block, epoch);
+        const int begun = lane == 0 ? ptx::load_relaxed_gpu(params.counters.turns + 1) : 0;
+        if (__shfl_sync(0xffffffffu, begun, 0) != 0) return mine;
+        const int count = blocks == 0 ? 0 : sum_block<kBatch, kSteps, kTakenTokens>(params, block, epoch);
         mine += count;
         if (count != 0) {
-            if (lane == 0) atomicAdd(params.counters.summed, count);
-            idle = 0;
+            idle = 0, start = ptx::global_nanoseconds();
             continue;
         }
         if (++idle < 4) continue;
+        if (idle % 64 == 4 && all_taken(params)) return mine;
         __nanosleep(1000);
-        if (lane != 0) continue;
-        if (ptx::load_relaxed_sys(words(peers, peers.rank, peers.layout.abort)) != 0) {
-            fail_sum(params, Failure::kAborted, epoch, summed);
-        }
-        if (ptx::global_nanoseconds() - start > peers.deadline.nanoseconds) {
-            fail_sum(params, Failure::kExpired, epoch, summed);
-        }
+        if (lane == 0) check_sum(params, start, epoch, 0, params.tokens);
+        __syncwarp();
     }
 }
 

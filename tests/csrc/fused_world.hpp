@@ -36,7 +36,7 @@ struct Cluster {
 // One rank's counters, words and flags, and what was really done there.
 struct Rank {
     // as in the kernels
-    int units = 0, pulls[2] = {}, pulled[2] = {}, summed = 0, frontier[2] = {};
+    int units = 0, pulls[2] = {}, pulled[2] = {}, turns[2] = {}, frontier[2] = {};
     std::vector<int> arrived[2], made, pushed;
     std::vector<char> taken, ready;
     std::vector<std::vector<char>> flags;  // [owner][tile]

@@ -1,5 +1,6 @@
-"""Plan, dispatch and combine kernels on the CPU (emulator/): several ranks that really wait for each other, one late,
-copies that land late and in any order. Mutations of waits, fences and signals must be caught.
+"""Plan, dispatch and combine kernels, and the sum role of the fused ones, on the CPU (emulator/): several ranks that
+really wait for each other, one late, copies that land late and in any order. Mutations of waits, fences and signals
+must be caught.
 
 Two fences have no mutation here, since no rule of the emulator needs them: `fence.acq_rel.sys` in `signal`, which the
 release store after it implies for the writes ordered before it by a barrier (it stands for the reader), and the fence
@@ -26,6 +27,7 @@ FIRST, PIECES, AHEAD = (
     "layer of 2 ranks, rows in pieces",
     "a rank without rows runs ahead",
 )
+SUMS = "sums, 4 ranks"
 SMALL_ROWS, PLANS = "layer of 2 ranks, several rows a unit", "plans, int32, high water"
 EARLY = "if (!last_cta(params.control + kRowTicket, gridDim.x)) return;\n    if (threadIdx.x >= peers.ranks) return;"
 MUTATIONS = {
@@ -58,6 +60,12 @@ MUTATIONS = {
     "lists read before they are sent": (
         "kernels/plan.cu",
         "    if (params.peers.ranks > 1) wait_listed_kernel<<<1, kMaxRanks, 0, stream>>>(params);\n", "", PLANS),
+    "summed in sweeps before it is there": (
+        "roles/sum.cuh", "state.filled = state.filled && static_cast<int>(flag[i] - epoch) >= 0;", "", SUMS),
+    "summed in a turn before it is there": ("roles/sum.cuh", "    open &= filled;\n", "", SUMS),
+    "no turn waits": ("roles/sum.cuh", "round == 1, epoch", "false, epoch", SUMS),
+    "a turn does not look at flags": (
+        "roles/sum.cuh", "static_cast<int>(ptx::load_relaxed_sys(slot.flag) - epoch) < 0", "false", SUMS),
     "one word for all announcements, a rank that runs ahead": (
         "layout/workspace.cuh", "constexpr int kReadySlots = 4;", "constexpr int kReadySlots = 1;", AHEAD),
 }  # fmt: skip

@@ -52,6 +52,7 @@ MUTATIONS = {
     "wgrad1 does not wait for x": (ORDER, "product == kProductWgrad1 ? 1 : -1", "-1", ["not there"]),
     "the claim at the end does not count": (
         WALK, "state == 4 ? work.claim_rows : 1", "state == 4 ? work.claim_rows : 0", ["acknowledgements"]),
+    "no turn waits": (WALK, "round == 1 && std", "round == 2 && std", ["not summed once"]),
     "tokens are not taken": (WALK, "return rank.taken[token]++ != 0;", "return false;", ["not summed once"]),
 }  # fmt: skip
 

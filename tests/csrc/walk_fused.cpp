@@ -10,6 +10,7 @@
 // The ring inside a cluster is walk_ring.cpp's.
 // usage: walk_fused SEED COUNT   cases SEED, SEED + 1, ...; prints "ok N" (steps) or "failed: what", and exits 1.
 //        walk_fused order        every dependency points to earlier work, in the orders of very many shapes.
+#include <algorithm>
 #include <cstring>
 
 #include "fused_world.hpp"
@@ -85,9 +86,13 @@ bool all_ready(const World& world, int r) {
     return true;
 }
 
-// Sums of tokens, as sum_tokens().
+// Sums of tokens: in sweeps as sum_in_sweeps(), or in turns as sum_in_turns().
 struct Summer {
-    int state = 0, block = 0;
+    static constexpr int kTurnTokens = 2;
+
+    explicit Summer(bool sweeps) : sweeps(sweeps) {}
+    bool sweeps;
+    int state = 0, block = 0, round = 0, turn = 0;
     std::vector<int> mine;
 
     bool filled(const World& world, int r, int token) const {
@@ -113,38 +118,63 @@ struct Summer {
         ++world.ranks[r].sums[token];
     }
 
+    bool all_taken(const Rank& rank) const {
+        return std::all_of(rank.taken.begin(), rank.taken.end(), [](char taken) { return taken != 0; });
+    }
+
     bool step(World& world, int r, bool sweep, bool& finished) {
-        const int tokens = world.work.parts[r].tokens, blocks = ceil_div(tokens, 32);
+        const int tokens = world.work.parts[r].tokens;
         Rank& rank = world.ranks[r];
-        if (state == 0) {
-            if (!all_ready(world, r)) return false;
-            block = blocks == 0 ? 0 : world.random.below(blocks);
-            state = 1;
-            return true;
-        }
-        if (state == 1) {
-            if (rank.summed >= tokens) return finished = true;
-            for (int i = 0; i < (sweep ? blocks : 1) && mine.empty(); ++i) {
-                block = block + 1 < blocks ? block + 1 : 0;
-                const int turn = world.random.below(32);
-                for (int lane = 0; lane < 32 && mine.size() < 2; ++lane) {
-                    const int token = block * 32 + (lane + turn) % 32;
-                    if (token < tokens && !rank.taken[token] && filled(world, r, token)) mine.push_back(token);
+        switch (state) {
+            case 0:
+                if (!all_ready(world, r)) return false;
+                block = tokens == 0 ? 0 : world.random.below(ceil_div(tokens, 32));
+                state = sweeps ? 1 : 3;
+                return true;
+            case 1: return look_around(world, r, sweep, finished);
+            case 3:  // a turn begins
+                turn = rank.turns[round]++;
+                state = turn * kTurnTokens >= tokens || all_taken(rank) ? 6 : 4;
+                return true;
+            case 4:
+                for (int token = turn * kTurnTokens; token < std::min(tokens, (turn + 1) * kTurnTokens); ++token) {
+                    if (!rank.taken[token]) mine.push_back(token);
                 }
+                state = 5;
+                return true;
+            case 5: {
+                const auto empty = [&](int token) { return !filled(world, r, token); };
+                if (round == 1 && std::any_of(mine.begin(), mine.end(), empty)) return false;
+                std::erase_if(mine, empty);
+                state = 2;
+                return true;
             }
-            state = mine.empty() ? 1 : 2;
-            return state == 2;
+            case 6:
+                finished = ++round == 2;
+                state = 3;
+                return true;
         }
-        if (state == 2) {
-            std::erase_if(mine, [&](int token) { return rank.taken[token]++ != 0; });
-            for (int token : mine) sum(world, r, token);
-            state = 3;
-            return true;
-        }
-        rank.summed += static_cast<int>(mine.size());
+        std::erase_if(mine, [&](int token) { return rank.taken[token]++ != 0; });
+        for (int token : mine) sum(world, r, token);
         mine.clear();
-        state = 1;
+        state = sweeps ? 1 : 3;
         return true;
+    }
+
+    bool look_around(World& world, int r, bool sweep, bool& finished) {
+        const int tokens = world.work.parts[r].tokens, blocks = ceil_div(tokens, 32);
+        const Rank& rank = world.ranks[r];
+        if (rank.turns[1] > 0 || all_taken(rank)) return finished = true;
+        for (int i = 0; i < (sweep ? blocks : 1) && mine.empty(); ++i) {
+            block = block + 1 < blocks ? block + 1 : 0;
+            const int turn = world.random.below(32);
+            for (int lane = 0; lane < 32 && mine.size() < 2; ++lane) {
+                const int token = block * 32 + (lane + turn) % 32;
+                if (token < tokens && !rank.taken[token] && filled(world, r, token)) mine.push_back(token);
+            }
+        }
+        state = mine.empty() ? 1 : 2;
+        return state == 2;
     }
 };
 
@@ -284,7 +314,7 @@ struct Math : Reader {
     }
     int warpgroup;
     Puller puller;
-    Summer summer;
+    Summer summer{false};
 };
 
 struct Storer : Reader {
@@ -355,7 +385,7 @@ struct Mover : Agent {
     }
     int first;
     Puller puller;
-    Summer summer;
+    Summer summer{true};
 };
 
 // The agents of the next cluster of a rank.

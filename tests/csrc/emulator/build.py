@@ -1,4 +1,4 @@
-"""Builds csrc's plan, dispatch and combine for the emulator: the kernels' source, with CUDA's syntax rewritten."""
+"""Builds csrc's plan, dispatch, combine and sum role for the emulator: their own source, CUDA's syntax rewritten."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ SOURCES = (
     "host/comm.cu",
     "bindings_comm.cpp",
 )
+OWN = "sums.cu"  # of this folder
+WITH_TORCH = ("bindings_comm.cpp", OWN)
 
 
 def rewritten(text: str) -> str:
@@ -50,11 +52,12 @@ def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None, base:
                 assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
                 text = text.replace(old, new)
             (tree / part / path.name).write_text(rewritten(text))
+    (tree / OWN).write_text(rewritten((HERE / OWN).read_text()))
     include = Path(torch.__file__).parent / "include"
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-x", "c++", f"-I{HERE}", f"-I{tree}"]
     system = [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
     objects = []
-    for source in (HERE / "emulator.cpp", *(tree / name for name in SOURCES)):
+    for source in (HERE / "emulator.cpp", *(tree / name for name in (*SOURCES, OWN))):
         name = f"{source.stem}.o"
         if base is not None and not any(
             f"/{changed}" in (base / f"{source.stem}.d").read_text() for changed in changes
@@ -62,7 +65,7 @@ def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None, base:
             objects.append(base / name)
             continue
         objects.append(folder / name)
-        torch_headers = system if source.name == "bindings_comm.cpp" else []
+        torch_headers = system if source.name in WITH_TORCH else []
         subprocess.run(["g++", *flags, *torch_headers, "-MMD", "-c", source, "-o", objects[-1]], check=True)
     library = folder / "emulated.so"
     lib = Path(torch.__file__).parent / "lib"

@@ -155,6 +155,10 @@ inline int atomicAdd(int* address, int value) {
     emulator::yield();
     return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+    emulator::yield();
+    return __atomic_fetch_or(address, value, __ATOMIC_ACQ_REL);
+}
 inline int atomicMax(int* address, int value) {
     int old = __atomic_load_n(address, __ATOMIC_RELAXED);
     while (old < value &&
@@ -164,6 +168,16 @@ inline int atomicMax(int* address, int value) {
 inline int atomicCAS_system(int* address, int expected, int value) {
     __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
     return expected;
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+    return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+    return static_cast<unsigned>((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
+}
+template <class T>
+T max(T a, T b) {
+    return a < b ? b : a;
 }
 template <class T>
 T min(T a, T b) {

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from megamoe_train import ops, ops_plan
+from megamoe_train import ops, ops_comm, ops_plan
 from tests.gpu.virtual import Data, Load, Ranks, assert_same, run_layer, twins_of
 
 DELAY_MS = 30
@@ -143,6 +143,31 @@ def bad_ids() -> None:
     run_layer(ranks, Data(load, 256, 1, "cpu"), late=0)
 
 
+def sums(load: Load, hidden: int, ctas: int, steps: int = 3) -> None:
+    """The fused kernels' sum role: rows pushed tile by tile, with another rank late at each step."""
+    ranks = EmulatedRanks(load, hidden)
+    for step in range(steps):
+        data = Data(load, hidden, step, "cpu")
+        plans_now = data.plans(ranks)
+        pools, values = data.padded(plans_now[0].capacity)
+        ranks.synchronize()
+        ranks.delay(step % load.ranks)
+
+        def run(plan, pool, value):
+            transfer, y, dps = ops_comm.start_combine(plan, pool, value, backward=True)
+            transfer.begin()
+            counters = torch.zeros(9 + -(-plan.tokens // 32), dtype=torch.int32)
+            stream = EmulatedRanks.current
+            torch.ops.megamoe.sums(
+                plan.workspace.handle, *plan.arguments, pool, value, y, dps, counters, ctas, stream
+            )  # fmt: skip
+            return y, dps, transfer, counters
+
+        done = ranks.each(run, plans_now, pools, values)
+        ranks.synchronize()
+        data.check_sums([(y, dps) for y, dps, *_ in done])
+
+
 CASES = {
     "layer of 4 ranks, one without tokens": lambda: layer(Load("hot_rank", (7, 0, 128, 1), 6, 64), 1024),
     "layer of 2 ranks, rows in pieces": lambda: layer(Load("some_dropped", (9, 40), 2, 8), 4608, num_sms=3),
@@ -157,6 +182,9 @@ CASES = {
     "plans, int32, high water": lambda: plans(Load("some_dropped", (7, 130, 0, 64), 6, 384), "high_water", torch.int32),
     "plans in one call": lambda: plans(Load("uniform", (40, 0, 300), 4, 24), "in one call", torch.int64),
     "plan of one rank in one call": lambda: plans(Load("zipf", (500,), 3, 40), "in one call", torch.int32),
+    "sums, 4 ranks": lambda: sums(Load("some_dropped", (7, 0, 131, 40), 6, 64), 512, 3),
+    "sums, 1 rank": lambda: sums(Load("zipf", (150,), 16, 40), 1536, 4),
+    "sums, 2 ranks, one CTA": lambda: sums(Load("hot_expert", (65, 1), 1, 4), 256, 1),
     "overflow": overflow,
     "bad ids": bad_ids,
 }

@@ -8,6 +8,7 @@ inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
 }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint64_t* barrier) { emulator::mbarrier(barrier).change(1, 0); }
+inline void mbarrier_arrive_cta(uint64_t* barrier, int) { mbarrier_arrive(barrier); }
 inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
     emulator::mbarrier(barrier).change(1, static_cast<int>(bytes));
 }
