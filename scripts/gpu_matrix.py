@@ -66,7 +66,7 @@ def train(words: list[str], after_step: Callable[[int], None] | None = None) -> 
     return [loss for loss, _ in steps], [norm for _, norm in steps]
 
 
-def work(names: list[str], backend: str, answers: Path) -> None:
+def work(names: list[str], backend: str, noise_runs: int, answers: Path) -> None:
     """A rank of a worker: the rows one after another. The last rank, which has the losses, writes the answers."""
     import torch
 
@@ -87,9 +87,8 @@ def work(names: list[str], backend: str, answers: Path) -> None:
         key = tuple(theirs_words)
         if key not in baselines:
             theirs = train(theirs_words)
-            with moved_weights(1):
-                baselines[key] = theirs, difference(theirs[0], train(theirs_words)[0])
-        (theirs, noise), ours = baselines[key], train(arguments_of(name, "megamoe", backend, on_gpu))
+            baselines[key] = theirs, max((noise(theirs_words, theirs[0], n + 1) for n in range(noise_runs)), default=0)
+        (theirs, apart), ours = baselines[key], train(arguments_of(name, "megamoe", backend, on_gpu))
         if rank == ranks - 1:
             answer = {
                 "row": name,
@@ -97,10 +96,16 @@ def work(names: list[str], backend: str, answers: Path) -> None:
                 "first_difference": difference(theirs[0], ours[0], steps=2),
                 "loss_difference": difference(theirs[0], ours[0]),
                 "norm_difference": difference(theirs[1], ours[1]),
-                "noise": noise,
+                "noise": apart,
                 "seconds": time.monotonic() - start,
             }
             _write(answers, answer)
+
+
+def noise(words: list[str], losses: list[float], seed: int) -> float:
+    """How far the losses are from those of a training whose weights were moved by one ulp."""
+    with moved_weights(seed):
+        return difference(losses, train(words)[0])
 
 
 def watch_memory(words: list[str]) -> dict:
@@ -150,14 +155,16 @@ class Answers:
         return len(self.found)
 
 
-def run_rows(names: list[str], ranks: int, backend: str, folder: Path, tell: Callable[[dict], None]) -> dict[str, dict]:
+def run_rows(
+    names: list[str], ranks: int, folder: Path, tell: Callable[[dict], None], *options: str
+) -> dict[str, dict]:
     """Starts workers until every row has an answer: a worker that breaks has failed in its first row without one."""
     answers = Answers(folder / "answers.jsonl", tell)
     left = list(names)
     while left:
         log = folder / f"worker-{len(answers.found)}.log"
-        options = ("--work", json.dumps(left), "--backend", backend, "--answers", str(answers.path))
-        command, environment = trainings.torchrun(ranks, "gpu_matrix.py", *options)
+        given = ("--work", json.dumps(left), "--answers", str(answers.path), *options)
+        command, environment = trainings.torchrun(ranks, "gpu_matrix.py", *given)
         environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         environment.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         environment.setdefault("NCCL_ALGO", "Ring")  # --deterministic-mode asks for this and the next
@@ -242,13 +249,14 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", metavar="NAME", help='some of the rows, "checkpoint*" too (default: all)')
     parser.add_argument("--ranks", type=int, help="processes (default: one for each GPU, 2 without)")
     parser.add_argument("--backend", default="fused", help="of megamoe (default: fused; the CPU has reference)")
+    parser.add_argument("--noise-runs", type=int, default=3, metavar="N", help="of alltoall, weights moved by an ulp")
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the table is kept")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(json.loads(options.work), options.backend, options.answers)
+        work(json.loads(options.work), options.backend, options.noise_runs, options.answers)
         return 0
     try:
         names = chosen(options.rows)
@@ -280,7 +288,8 @@ def run_matrix(names: list[str], options: argparse.Namespace) -> int:
         seconds = f"{answer['seconds']:.1f}" if "seconds" in answer else ""
         print(f"| {answer['row']:<70} | {state_of(answer, limits):<7} | {seconds:>7} | {figures(answer)}", flush=True)
 
-    found = run_rows([name for name in compared if name not in absent], ranks, options.backend, folder, tell)
+    more = ("--backend", options.backend, "--noise-runs", str(options.noise_runs))
+    found = run_rows([name for name in compared if name not in absent], ranks, folder, tell, *more)
     place = None
     for name in (name for name in names if name not in ROWS):
         if ranks < 2:
