@@ -60,7 +60,7 @@ def test_views_of_a_plan_lie_where_the_kernels_write(ranks):
 @pytest.mark.parametrize(("capacity", "tokens", "hidden", "inter"), LAUNCHES)
 def test_scratch_of_a_launch(capacity, tokens, hidden, inter):
     layout = ops_fused.scratch_layout(capacity, tokens, hidden, inter)
-    counters = 8 + 4 * (capacity // 128) + (tokens + 31) // 32
+    counters = 9 + 4 * (capacity // 128) + (tokens + 31) // 32
     check_regions(list(layout[:5]), [2 * capacity * hidden, 2 * capacity * inter, 4 * capacity, 4 * counters])
     partials = 4 * capacity * -(-inter // ops_fused.DP_TILE)
     check_regions(list(layout[5:]), [4 * capacity * inter, partials, 2 * capacity * hidden])

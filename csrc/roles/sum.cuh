@@ -185,7 +185,26 @@ __device__ __forceinline__ unsigned turn_filled(const TurnSlot& slot, uint32_t e
     return filled;
 }
 
-// Sums what nobody else has taken of a turn's tokens; `wait`: all of it. Returns how many. Whole warp.
+// Sums the filled tokens of a turn that nobody else has taken; returns how many. Whole warp.
+template <int kBatch, int kSteps>
+__device__ __forceinline__ int sum_filled(const FusedParams& params, int first, unsigned filled, unsigned kept) {
+    constexpr int kLanes = 32 / kTurnTokens;
+    const int shift = first % 32;
+    unsigned taken = 0;
+    if ((threadIdx.x & 31) == 0) taken = atomicOr(params.counters.taken + first / 32, filled << shift);
+    const unsigned mine = filled & ~(__shfl_sync(0xffffffffu, taken, 0) >> shift);
+    // Flag -> slots: ld.relaxed.sys by a lane, fence.acq_rel.sys by the same; barrier; loads by all lanes.
+    ptx::fence_acq_rel_sys();
+    random_delay();
+    __syncwarp();
+    for (int t = 0; t < kTurnTokens; ++t) {
+        const unsigned slots = kept >> kLanes * t & ((1u << kLanes) - 1);
+        if (mine >> t & 1) sum_slots<kBatch, kSteps>(params, first + t, slots);
+    }
+    return __popc(mine);
+}
+
+// The tokens of a turn that nobody else takes; `wait`: all of them. Returns how many were summed here. Whole warp.
 template <int kBatch, int kSteps>
 __device__ __forceinline__ int sum_turn(const FusedParams& params, int first, bool wait, uint32_t epoch) {
     const int lane = threadIdx.x & 31, shift = first % 32;
@@ -195,29 +214,16 @@ __device__ __forceinline__ int sum_turn(const FusedParams& params, int first, bo
     open = __shfl_sync(0xffffffffu, open, 0) & ((1u << min(kTurnTokens, params.tokens - first)) - 1);
     if (open == 0) return 0;
     const TurnSlot slot = turn_slot(params, first);
-    unsigned filled = turn_filled(slot, epoch);
-    if (wait && (filled & open) != open) {
-        const unsigned long long start = ptx::global_nanoseconds();
-        do {
-            __nanosleep(500);
-            if (lane == 0) check_sum(params, start, epoch, first, first + kTurnTokens);
-            __syncwarp();
-            filled = turn_filled(slot, epoch);
-        } while ((filled & open) != open);
+    const unsigned long long start = ptx::global_nanoseconds();
+    for (int mine = 0;;) {
+        const unsigned filled = turn_filled(slot, epoch) & open;
+        if (filled != 0) mine += sum_filled<kBatch, kSteps>(params, first, filled, slot.kept);
+        open &= ~filled;
+        if (open == 0 || !wait) return mine;
+        __nanosleep(500);
+        if (lane == 0) check_sum(params, start, epoch, first, first + kTurnTokens);
+        __syncwarp();
     }
-    open &= filled;
-    if (open == 0) return 0;
-    unsigned taken = lane == 0 ? atomicOr(word, open << shift) : 0;
-    open &= ~(__shfl_sync(0xffffffffu, taken, 0) >> shift);
-    // Flag -> slots: ld.relaxed.sys by a lane, fence.acq_rel.sys by the same; barrier; loads by all lanes.
-    ptx::fence_acq_rel_sys();
-    random_delay();
-    __syncwarp();
-    for (int t = 0; t < kTurnTokens; ++t) {
-        const unsigned kept = slot.kept >> (32 / kTurnTokens * t) & ((1u << 32 / kTurnTokens) - 1);
-        if (open >> t & 1) sum_slots<kBatch, kSteps>(params, first + t, kept);
-    }
-    return __popc(open);
 }
 
 __device__ __forceinline__ bool all_taken(const FusedParams& params) {
@@ -241,19 +247,21 @@ __device__ int sum_in_turns(const FusedParams& params, uint64_t& seen) {
     wait_for_all_peers(params.peers, expected_ready(params), seen);
     int mine = 0;
     for (int round = 0; round < 2; ++round) {
-        int* turns = params.counters.turns + round;
-        int next = lane == 0 ? atomicAdd(turns, 1) : 0;
+        const bool wait = round == 1;
+        const auto take = [&] { return lane == 0 ? atomicAdd(params.counters.turns + round, 1) : 0; };
+        int next = take();
         if (all_taken(params)) continue;  // of backward's tokens the movers leave none
         for (int turn; (turn = __shfl_sync(0xffffffffu, next, 0)) * kTurnTokens < params.tokens;) {
-            next = lane == 0 ? atomicAdd(turns, 1) : 0;  // on its way while this one is summed
-            mine += sum_turn<kBatch, kSteps>(params, turn * kTurnTokens, round == 1, epoch);
+            if (!wait) next = take();  // on its way while this one is summed; whoever waits holds nothing back
+            mine += sum_turn<kBatch, kSteps>(params, turn * kTurnTokens, wait, epoch);
+            if (wait) next = take();
         }
     }
     return mine;
 }
 
-// Sweeps until all tokens are taken, or the second round of turns has begun: some math warp has no more units then, and
-// each token has been looked at. kTakenTokens: that a warp takes at a time. Returns how many this warp has summed.
+// Sweeps until all tokens are taken, or every turn of the second round is: somebody waits for each token then.
+// kTakenTokens: that a warp takes at a time. Returns how many this warp has summed.
 template <int kBatch, int kSteps, int kTakenTokens>
 __device__ int sum_in_sweeps(const FusedParams& params, uint64_t& seen) {
     const int lane = threadIdx.x & 31, blocks = ceil_div(params.tokens, 32);
@@ -262,12 +270,12 @@ __device__ int sum_in_sweeps(const FusedParams& params, uint64_t& seen) {
     unsigned long long start = ptx::global_nanoseconds();  // of the time in which this warp has found nothing
     int mine = 0;
     // Every warp sweeps over all blocks; only where it begins depends on its place.
-    int block = blocks == 0 ? 0 : static_cast<int>((blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 37 % blocks);
+    int block = static_cast<int>((blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 37 % max(1, blocks));
     for (int idle = 0;; block = block + 1 < blocks ? block + 1 : 0) {
         // One lane decides for the warp: another one might read a newer number and leave alone.
-        const int begun = lane == 0 ? ptx::load_relaxed_gpu(params.counters.turns + 1) : 0;
-        if (__shfl_sync(0xffffffffu, begun, 0) != 0) return mine;
-        const int count = blocks == 0 ? 0 : sum_block<kBatch, kSteps, kTakenTokens>(params, block, epoch);
+        const int turns = lane == 0 ? ptx::load_relaxed_gpu(params.counters.turns + 1) : 0;
+        if (__shfl_sync(0xffffffffu, turns, 0) * kTurnTokens >= params.tokens) return mine;
+        const int count = sum_block<kBatch, kSteps, kTakenTokens>(params, block, epoch);
         mine += count;
         if (count != 0) {
             idle = 0, start = ptx::global_nanoseconds();

@@ -62,8 +62,8 @@ MUTATIONS = {
         "    if (params.peers.ranks > 1) wait_listed_kernel<<<1, kMaxRanks, 0, stream>>>(params);\n", "", PLANS),
     "summed in sweeps before it is there": (
         "roles/sum.cuh", "state.filled = state.filled && static_cast<int>(flag[i] - epoch) >= 0;", "", SUMS),
-    "summed in a turn before it is there": ("roles/sum.cuh", "    open &= filled;\n", "", SUMS),
-    "no turn waits": ("roles/sum.cuh", "round == 1, epoch", "false, epoch", SUMS),
+    "summed in a turn before it is there": ("roles/sum.cuh", "turn_filled(slot, epoch) & open;", "open;", SUMS),
+    "no turn waits": ("roles/sum.cuh", "open == 0 || !wait", "true", SUMS),
     "a turn does not look at flags": (
         "roles/sum.cuh", "static_cast<int>(ptx::load_relaxed_sys(slot.flag) - epoch) < 0", "false", SUMS),
     "one word for all announcements, a rank that runs ahead": (

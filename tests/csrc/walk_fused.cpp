@@ -164,7 +164,7 @@ struct Summer {
     bool look_around(World& world, int r, bool sweep, bool& finished) {
         const int tokens = world.work.parts[r].tokens, blocks = ceil_div(tokens, 32);
         const Rank& rank = world.ranks[r];
-        if (rank.turns[1] > 0 || all_taken(rank)) return finished = true;
+        if (rank.turns[1] * kTurnTokens >= tokens || all_taken(rank)) return finished = true;
         for (int i = 0; i < (sweep ? blocks : 1) && mine.empty(); ++i) {
             block = block + 1 < blocks ? block + 1 : 0;
             const int turn = world.random.below(32);
