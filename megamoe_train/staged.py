@@ -92,7 +92,7 @@ class Staged:
     """Dispatch and combine of one group on its workspace. Collective, in backward too."""
 
     def __init__(self, workspace: Workspace, num_sms: int = 0):
-        """num_sms: that the kernels which use NVLink may take; 0: all."""
+        """num_sms: that move rows over NVLink, 0: all; a dispatch takes as many again for the rank's own rows."""
         ops.load()
         self.workspace, self.options = workspace, {"num_sms": num_sms}
 

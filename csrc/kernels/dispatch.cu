@@ -1,3 +1,6 @@
+#include <algorithm>
+
+#include "host/checks.hpp"
 #include "kernels/load.cuh"
 #include "kernels/movers.cuh"
 #include "kernels/plan.cuh"
@@ -52,14 +55,18 @@ __global__ void announce_kernel(const __grid_constant__ RowsParams params, unsig
            ready_word(epoch, params.op, params.plan_control[kPlanId], params.op >= Op::kForward ? staged : 0));
 }
 
-// Pulls all rows. Pulled -> acknowledged: every warp's mbarrier waits and wait_group 0; ticket (atom.acq_rel.gpu); the
-// last CTA fence.acq_rel.sys, st.release.sys. Only then may a source stage anew.
-__global__ void __launch_bounds__(kMoverThreads, 1) pull_kernel(const __grid_constant__ RowsParams params) {
+// Pulls all rows, those of peers by the first `nvlink_ctas` CTAs where it is not 0. Pulled -> acknowledged: every
+// warp's mbarrier waits and wait_group 0; ticket (atom.acq_rel.gpu); the last CTA fence.acq_rel.sys, st.release.sys.
+// Only then may a source stage anew.
+__global__ void __launch_bounds__(kMoverThreads, 1)
+    pull_kernel(const __grid_constant__ RowsParams params, int nvlink_ctas) {
     extern __shared__ __align__(128) uint8_t memory[];
     MoversShared& shared = *reinterpret_cast<MoversShared*>(memory);
     const Peers& peers = params.peers;
     if (params.plan_control[kPlanCode] == static_cast<int>(PlanCode::kGood)) {
-        dispatch_role(shared.of_warp[threadIdx.x / 32], params, params.plan_control[kPlanId]);
+        const bool peers_only = static_cast<int>(blockIdx.x) < nvlink_ctas;
+        const Which which = nvlink_ctas == 0 ? Which::kAll : (peers_only ? Which::kPeers : Which::kOwn);
+        dispatch_role(shared.of_warp[threadIdx.x / 32], params, params.plan_control[kPlanId], which);
     }
     if (peers.ranks == 1 || !last_cta(params.control + kRowTicket, gridDim.x)) return;
     if (threadIdx.x >= peers.ranks) return;
@@ -88,7 +95,10 @@ cudaError_t launch_pull(const RowsParams& params, int num_sms, cudaStream_t stre
     const cudaError_t error =
         cudaFuncSetAttribute(pull_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(MoversShared));
     if (error != cudaSuccess) return error;
-    pull_kernel<<<num_sms, kMoverThreads, sizeof(MoversShared), stream>>>(params);
+    // As many SMs again for the rank's own rows.
+    const int all = sm_count(), ctas = params.peers.ranks == 1 ? num_sms : std::min(2 * num_sms, all);
+    const int nvlink_ctas = ctas == num_sms ? 0 : num_sms;
+    pull_kernel<<<ctas, kMoverThreads, sizeof(MoversShared), stream>>>(params, nvlink_ctas);
     return cudaGetLastError();
 }
 

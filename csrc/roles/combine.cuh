@@ -15,16 +15,13 @@ __device__ __forceinline__ float& slot_dweight(const Peers& peers, int at, int f
 template <int kStages>
 __device__ void push_role(MoverShared<kStages>& shared, const RowsParams& params, int plan_id) {
     const Peers& peers = params.peers;
-    const int lane = threadIdx.x & 31;
-    const int64_t rows = *params.num_rows;
     const uint64_t expected = expected_ready(params, plan_id);
     Mover<kStages> mover(shared, params.cut, peers.deadline);
-    Claims claims(params.control + kRowQueue, params.cut.claim_rows);
+    RowClaims claims(params, kRowQueue);
     uint64_t seen = 0;
-    for (int64_t first = claims.take(); first < rows; first = claims.take()) {
-        const int64_t row = first + lane;
-        const bool mine = lane < params.cut.claim_rows && row < rows;
-        const RowSource source = decode_source(mine ? params.source_of[row] : -1);
+    int64_t row;
+    RowSource source;
+    while (claims.take(row, source)) {
         wait_for_peers(peers, source.rank, expected, seen);
         RowMove move{nullptr, nullptr};
         if (source.rank >= 0 && source.rank != peers.rank) {

@@ -39,12 +39,50 @@ struct RowsParams {
     int* control;                // kRowsControlInts, zeroed by announce
 };
 
-enum RowsControl : int { kRowQueue, kRowTicket, kRowsControlInts = 4 };
+enum RowsControl : int { kRowQueue, kRowTicket, kOwnRowQueue, kRowsControlInts = 4 };
+
+// Which rows a warp pulls. NVLink is busy only while enough of its rows are on their way: warps that pull the rank's
+// own rows as well would keep half as many.
+enum class Which { kAll, kPeers, kOwn };
 
 __device__ __forceinline__ uint64_t expected_ready(const RowsParams& params, int plan_id) {
     const uint32_t epoch = static_cast<uint32_t>(state_word(params.peers, kStateOpEpoch));
     return ready_word(epoch, params.op, plan_id);
 }
+
+// Claims of rows and, a claim ahead, where they come from: that load would stand before every move.
+class RowClaims {
+public:
+    __device__ RowClaims(const RowsParams& params, RowsControl queue)
+        : claims_(params.control + queue, params.cut.claim_rows),
+          source_of_(params.source_of),
+          rows_(*params.num_rows),
+          claim_rows_(params.cut.claim_rows) {
+        fetch();
+    }
+
+    // This lane's row of the next claim, -1 for none, and its source. False: all are claimed. Whole warp.
+    __device__ bool take(int64_t& row, RowSource& source) {
+        if (first_ >= rows_) return false;
+        row = row_, source = decode_source(source_);
+        fetch();
+        return true;
+    }
+
+private:
+    __device__ void fetch() {
+        const int lane = threadIdx.x & 31;
+        first_ = claims_.take();
+        row_ = lane < claim_rows_ && first_ + lane < rows_ ? first_ + lane : -1;
+        source_ = row_ >= 0 ? source_of_[row_] : -1;
+    }
+
+    Claims claims_;
+    const long long* source_of_;
+    int64_t rows_, first_, row_;
+    long long source_;
+    int claim_rows_;
+};
 
 // Lanes wait for the peers their rows belong to, each peer once per warp and launch: `seen` is the warp's set of ranks.
 // Afterwards the async proxy may touch what was announced: ld.acquire.sys by a lane; barrier; fence.proxy.async.
@@ -61,31 +99,30 @@ __device__ __forceinline__ void wait_for_peers(const Peers& peers, int rank, uin
 }
 
 template <int kStages>
-__device__ void dispatch_role(MoverShared<kStages>& shared, const RowsParams& params, int plan_id) {
+__device__ void dispatch_role(MoverShared<kStages>& shared, const RowsParams& params, int plan_id, Which which) {
     const Peers& peers = params.peers;
-    const int lane = threadIdx.x & 31;
-    const int64_t rows = *params.num_rows;
     const uint64_t expected = expected_ready(params, plan_id);
     Mover<kStages> mover(shared, params.cut, peers.deadline);
-    Claims claims(params.control + kRowQueue, params.cut.claim_rows);
+    RowClaims claims(params, which == Which::kOwn ? kOwnRowQueue : kRowQueue);
     uint64_t seen = 0;
-    for (int64_t first = claims.take(); first < rows; first = claims.take()) {
-        const int64_t row = first + lane;
-        const bool mine = lane < params.cut.claim_rows && row < rows;
-        const RowSource source = decode_source(mine ? params.source_of[row] : -1);
+    int64_t row;
+    RowSource source;
+    while (claims.take(row, source)) {
+        const bool remote = source.rank >= 0 && source.rank != peers.rank;  // padding counts as the rank's own
+        if (which == Which::kPeers && !remote) row = -1, source.rank = -1;
+        if (which == Which::kOwn && remote) row = -1, source.rank = -1;
         wait_for_peers(peers, source.rank, expected, seen);
-        RowMove move{nullptr, mine ? params.pool + row * params.cut.row_bytes : nullptr};
+        RowMove move{nullptr, row >= 0 ? params.pool + row * params.cut.row_bytes : nullptr};
         float weight = 0;
         if (source.rank >= 0) {
-            const bool here = source.rank == peers.rank;
-            const uint8_t* tokens = here ? params.tokens_in : staging(peers, source.rank, params.buffer);
+            const uint8_t* tokens = remote ? staging(peers, source.rank, params.buffer) : params.tokens_in;
             move.from = tokens + int64_t{source.flat / params.top_k} * params.cut.row_bytes;
             if (params.row_weights != nullptr) {
-                const float* p = here ? params.weights : staged_weights(peers, source.rank, params.buffer);
+                const float* p = remote ? staged_weights(peers, source.rank, params.buffer) : params.weights;
                 weight = ptx::load_float(p + source.flat);
             }
         }
-        if (mine && params.row_weights != nullptr) params.row_weights[row] = weight;
+        if (row >= 0 && params.row_weights != nullptr) params.row_weights[row] = weight;
         mover.move(move);
     }
     mover.finish();

@@ -39,6 +39,8 @@ MUTATIONS = {
     "staging overwritten before it was pulled": (
         "kernels/dispatch.cu", "    wait_pulled_kernel<<<1, kMaxRanks, 0, stream>>>(params);\n", "",
         "dispatches back to back"),
+    "own rows pulled twice, those of peers never": (
+        "kernels/dispatch.cu", "peers_only ? Which::kPeers : Which::kOwn", "Which::kOwn", SMALL_ROWS),
     "sum before the pushes": (
         "kernels/combine.cu", "if (params.peers.ranks > 1) wait_pushed_kernel<<<1, kMaxRanks, 0, stream>>>(params);",
         "", FIRST),
