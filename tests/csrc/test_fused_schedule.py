@@ -17,7 +17,8 @@ from .host import CSRC, HERE, compile_host
 CASES = 160  # of the unchanged schedule
 MUTATED_CASES = 120  # at most, of each mutation
 WORKERS = len(os.sched_getaffinity(0))
-ORDER, PULLS, GROUPED, WALK = "order.cuh", "pulls.cuh", "grouped.cuh", "walk_fused.cpp"
+ORDER, PULLS, GROUPED = "order.cuh", "pulls.cuh", "grouped.cuh"
+WALK, MOVERS = "walk_fused.cpp", "fused_movers.hpp"
 SHARES = "ceil_div(n_extent, tile_columns(gemm)) * warpgroups_of(rows, m_tile)"
 MUTATIONS = {
     # what: (file, text, what replaces it, words of which one must stand in the failure)
@@ -51,9 +52,9 @@ MUTATIONS = {
         ORDER, "all_rows ? ceil_div(rows, kTileM) :", "all_rows ? (rows > 0 ? 1 : 0) :", ["not made", "not there"]),
     "wgrad1 does not wait for x": (ORDER, "product == kProductWgrad1 ? 1 : -1", "-1", ["not there"]),
     "the claim at the end does not count": (
-        WALK, "state == 4 ? work.claim_rows : 1", "state == 4 ? work.claim_rows : 0", ["acknowledgements"]),
-    "no turn waits": (WALK, "round == 1 && std", "round == 2 && std", ["not summed once"]),
-    "tokens are not taken": (WALK, "return rank.taken[token]++ != 0;", "return false;", ["not summed once"]),
+        MOVERS, "state == 4 ? work.claim_rows : 1", "state == 4 ? work.claim_rows : 0", ["acknowledgements"]),
+    "no turn waits": (MOVERS, "round == 1 && std", "round == 2 && std", ["not summed once"]),
+    "tokens are not taken": (MOVERS, "return rank.taken[token]++ != 0;", "return false;", ["not summed once"]),
 }  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def build_mutation(folder: Path, file: str, before: str, after: str) -> Path:
     shutil.copytree(CSRC / "schedule", folder / "csrc" / "schedule")
     for source in (HERE / WALK, *HERE.glob("fused_*.hpp")):
         shutil.copy(source, folder)
-    changed = folder / file if file == WALK else folder / "csrc" / "schedule" / file
+    changed = folder / file if file in (WALK, MOVERS) else folder / "csrc" / "schedule" / file
     text = changed.read_text()
     assert text.count(before) == 1, f"{file}: {before!r} stands there {text.count(before)} times"
     changed.write_text(text.replace(before, after))
