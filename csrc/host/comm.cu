@@ -124,6 +124,7 @@ void run_rows(RowsPhase phase, const RowsArgs& args) {
     params.row_weights = args.row_weights;
     params.dweights = args.dweights;
     params.control = args.control;
+    params.control_ints = kRowsControlInts;
     const int num_sms = args.num_sms > 0 ? args.num_sms : sm_count();
     switch (phase) {
         case RowsPhase::kStage: return check(launch_stage(params, args.stream), "launching stage");

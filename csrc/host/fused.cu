@@ -135,6 +135,7 @@ RowsParams staging_of(const FusedArgs& args, int buffer, const void* tokens, con
     rows.tokens_in = static_cast<uint8_t*>(const_cast<void*>(tokens));
     rows.weights = weights;
     rows.control = args.counters;
+    rows.control_ints = static_cast<int>(counter_ints(args.capacity, args.tokens));
     return rows;
 }
 
@@ -155,8 +156,6 @@ void begin_fused(const FusedArgs& args) {
     const RowsParams rows = staging_of(args, first, args.backward ? args.dy : args.x, args.weights);
     if (!alone) check(launch_stage(rows, args.stream), "staging rows");
     if (!alone && second) check(launch_stage(staging_of(args, 0, args.x, nullptr), args.stream), "staging x");
-    const size_t counters = counter_ints(args.capacity, args.tokens) * sizeof(int);
-    check(cudaMemsetAsync(args.counters, 0, counters, args.stream), "clearing the counters");
     check(launch_announce(rows, staged_buffers(args), args.stream), "launching announce");
 }
 

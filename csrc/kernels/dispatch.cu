@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kStageThreads = 256;
 constexpr int kStageBlocks = 264;
+constexpr int kAnnounceThreads = 256;
+static_assert(kAnnounceThreads >= kMaxRanks);
 
 // Waits by one small CTA: a wide kernel that waits holds every SM, and keeps other kernels off it, those too that only
 // need another split of L1 and shared memory.
@@ -36,7 +38,8 @@ __global__ void __launch_bounds__(kStageThreads) stage_kernel(const __grid_const
 
 // Staged -> ready: the staging copy, and for a combine the last sum over the slots, are earlier launches of this
 // stream; then each thread fence.acq_rel.sys, st.release.sys.
-__global__ void announce_kernel(const __grid_constant__ RowsParams params, unsigned staged) {
+__global__ void __launch_bounds__(kAnnounceThreads)
+    announce_kernel(const __grid_constant__ RowsParams params, unsigned staged) {
     const Peers& peers = params.peers;
     __shared__ uint32_t epoch;
     if (threadIdx.x == 0) {
@@ -46,7 +49,7 @@ __global__ void announce_kernel(const __grid_constant__ RowsParams params, unsig
             if (staged >> b & 1) state_word(peers, kStateStagedEpoch + b) = epoch;
         }
     }
-    if (threadIdx.x < kRowsControlInts) params.control[threadIdx.x] = 0;
+    for (int i = threadIdx.x; i < params.control_ints; i += kAnnounceThreads) params.control[i] = 0;
     __syncthreads();
     if (threadIdx.x >= peers.ranks) return;
     // What this rank staged through the generic proxy is pulled by its peers' async proxy.
@@ -87,7 +90,7 @@ cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream) {
 }
 
 cudaError_t launch_announce(const RowsParams& params, unsigned staged, cudaStream_t stream) {
-    announce_kernel<<<1, kMaxRanks, 0, stream>>>(params, staged);
+    announce_kernel<<<1, kAnnounceThreads, 0, stream>>>(params, staged);
     return cudaGetLastError();
 }
 

@@ -36,7 +36,8 @@ struct RowsParams {
     const float* weights;        // [T, K] p of this rank; null: not dispatched
     float* row_weights;          // [M] dispatch: p of each row; combine: dp of each row; null: none
     float* dweights;             // [T, K] dp as it came back; null: none
-    int* control;                // kRowsControlInts, zeroed by announce
+    int* control;                // zeroed by announce: RowsControl, or a fused pass's counters
+    int control_ints;
 };
 
 enum RowsControl : int { kRowQueue, kRowTicket, kOwnRowQueue, kRowsControlInts = 4 };
