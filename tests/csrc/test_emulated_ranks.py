@@ -1,6 +1,6 @@
-"""Plan, dispatch and combine kernels, and the sum role of the fused ones, on the CPU (emulator/): several ranks that
-really wait for each other, one late, copies that land late and in any order. Mutations of waits, fences and signals
-must be caught.
+"""Plan, dispatch and combine kernels, and all that travels in the fused ones, on the CPU (emulator/): several ranks
+that really wait for each other, one late, copies that land late and in any order. Mutations of waits, fences and
+signals must be caught.
 
 Two fences have no mutation here, since no rule of the emulator needs them: `fence.acq_rel.sys` in `signal`, which the
 release store after it implies for the writes ordered before it by a barrier (it stands for the reader), and the fence
@@ -27,7 +27,7 @@ FIRST, PIECES, AHEAD = (
     "layer of 2 ranks, rows in pieces",
     "a rank without rows runs ahead",
 )
-SUMS = "sums, 4 ranks"
+TRAVEL = "travel, 4 ranks"
 SMALL_ROWS, PLANS = "layer of 2 ranks, several rows a unit", "plans, int32, high water"
 EARLY = "if (!last_cta(params.control + kRowTicket, gridDim.x)) return;\n    if (threadIdx.x >= peers.ranks) return;"
 MUTATIONS = {
@@ -62,12 +62,20 @@ MUTATIONS = {
     "lists read before they are sent": (
         "kernels/plan.cu",
         "    if (params.peers.ranks > 1) wait_listed_kernel<<<1, kMaxRanks, 0, stream>>>(params);\n", "", PLANS),
+    "fused: rows pulled before they are announced": (
+        "roles/pull.cuh", "        wait_for_peers(peers, source.rank, expected, seen);\n", "", TRAVEL),
+    "fused: arrived before they are pulled": (
+        "roles/pull.cuh", "        if (until == kAllRows && lane == 0) wait_for_frontier",
+        "        if (lane == 0) add_counter(params.counters.arrived + which * params.tiles + first / kRowTile,"
+        " params.claim_rows);\n        if (until == kAllRows && lane == 0) wait_for_frontier", TRAVEL),
+    "fused: acknowledged by nobody": (
+        "roles/pull.cuh", "            count_pulled(params, which, params.claim_rows, rows + 1);", "", TRAVEL),
     "summed in sweeps before it is there": (
-        "roles/sum.cuh", "state.filled = state.filled && static_cast<int>(flag[i] - epoch) >= 0;", "", SUMS),
-    "summed in a turn before it is there": ("roles/sum.cuh", "turn_filled(slot, epoch) & open;", "open;", SUMS),
-    "no turn waits": ("roles/sum.cuh", "open == 0 || !wait", "true", SUMS),
+        "roles/sum.cuh", "state.filled = state.filled && static_cast<int>(flag[i] - epoch) >= 0;", "", TRAVEL),
+    "summed in a turn before it is there": ("roles/sum.cuh", "turn_filled(slot, epoch) & open;", "open;", TRAVEL),
+    "no turn waits": ("roles/sum.cuh", "open == 0 || !wait", "true", TRAVEL),
     "a turn does not look at flags": (
-        "roles/sum.cuh", "static_cast<int>(ptx::load_relaxed_sys(slot.flag) - epoch) < 0", "false", SUMS),
+        "roles/sum.cuh", "static_cast<int>(ptx::load_relaxed_sys(slot.flag) - epoch) < 0", "false", TRAVEL),
     "one word for all announcements, a rank that runs ahead": (
         "layout/workspace.cuh", "constexpr int kReadySlots = 4;", "constexpr int kReadySlots = 1;", AHEAD),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Builds csrc's plan, dispatch, combine and sum role for the emulator: their own source, CUDA's syntax rewritten."""
+"""Builds plan, dispatch, combine and travelling roles of csrc for the emulator: their source, CUDA's syntax rewritten."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCES = (
     "host/comm.cu",
     "bindings_comm.cpp",
 )
-OWN = "sums.cu"  # of this folder
+OWN = "travel.cu"  # of this folder
 WITH_TORCH = ("bindings_comm.cpp", OWN)
 
 
