@@ -1,4 +1,4 @@
-"""Builds plan, dispatch, combine and travelling roles of csrc for the emulator: their source, CUDA's syntax rewritten."""
+"""Builds plan, dispatch, combine and travelling roles of csrc for the emulator: their source, CUDA syntax rewritten."""
 
 from __future__ import annotations
 
