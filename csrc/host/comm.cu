@@ -1,5 +1,6 @@
 #include "host/comm.hpp"
 
+#include <algorithm>
 #include <climits>
 #include <cstring>
 #include <stdexcept>
@@ -30,6 +31,12 @@ int plan_blocks(int64_t slots) {
 PlanLayout layout_for(int64_t ranks, int64_t experts, int64_t slots) {
     static_assert(kTableControlInts == kPlanControlInts);
     return plan_layout(ranks, experts, slots, plan_blocks(slots));
+}
+
+// As many SMs again for the rank's own rows, where there are any.
+cudaError_t pull(const RowsParams& params, int num_sms, cudaStream_t stream) {
+    const int ctas = params.peers.ranks == 1 ? num_sms : std::min(2 * num_sms, sm_count());
+    return launch_pull(params, ctas, ctas == num_sms ? 0 : num_sms, stream);
 }
 
 PlanLayout layout_for(const WorkspaceHandle& workspace, int64_t tokens) {
@@ -131,7 +138,7 @@ void run_rows(RowsPhase phase, const RowsArgs& args) {
         case RowsPhase::kAnnounceStaged:
             return check(launch_announce(params, 1u << params.buffer, args.stream), "launching announce");
         case RowsPhase::kAnnounce: return check(launch_announce(params, 0, args.stream), "launching announce");
-        case RowsPhase::kPull: return check(launch_pull(params, num_sms, args.stream), "launching dispatch's pull");
+        case RowsPhase::kPull: return check(pull(params, num_sms, args.stream), "launching dispatch's pull");
         case RowsPhase::kPush: return check(launch_push(params, num_sms, args.stream), "launching combine's push");
         case RowsPhase::kSum: return check(launch_sum(params, args.stream), "launching combine's sum");
     }

@@ -1,6 +1,3 @@
-#include <algorithm>
-
-#include "host/checks.hpp"
 #include "kernels/load.cuh"
 #include "kernels/movers.cuh"
 #include "kernels/plan.cuh"
@@ -94,13 +91,10 @@ cudaError_t launch_announce(const RowsParams& params, unsigned staged, cudaStrea
     return cudaGetLastError();
 }
 
-cudaError_t launch_pull(const RowsParams& params, int num_sms, cudaStream_t stream) {
+cudaError_t launch_pull(const RowsParams& params, int ctas, int nvlink_ctas, cudaStream_t stream) {
     const cudaError_t error =
         cudaFuncSetAttribute(pull_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(MoversShared));
     if (error != cudaSuccess) return error;
-    // As many SMs again for the rank's own rows.
-    const int all = sm_count(), ctas = params.peers.ranks == 1 ? num_sms : std::min(2 * num_sms, all);
-    const int nvlink_ctas = ctas == num_sms ? 0 : num_sms;
     pull_kernel<<<ctas, kMoverThreads, sizeof(MoversShared), stream>>>(params, nvlink_ctas);
     return cudaGetLastError();
 }

@@ -17,8 +17,8 @@ cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream);
 // `staged`: the staging buffers that the operation offers, a bit each.
 cudaError_t launch_announce(const RowsParams& params, unsigned staged, cudaStream_t stream);
 
-// num_sms: for what uses NVLink. A pull takes as many again for the rank's own rows, where there are so many.
-cudaError_t launch_pull(const RowsParams& params, int num_sms, cudaStream_t stream);
+// nvlink_ctas: of `ctas`, those that pull the rows of peers, the others the rank's own; 0: all of them both.
+cudaError_t launch_pull(const RowsParams& params, int ctas, int nvlink_ctas, cudaStream_t stream);
 cudaError_t launch_push(const RowsParams& params, int num_sms, cudaStream_t stream);
 cudaError_t launch_sum(const RowsParams& params, cudaStream_t stream);
 

@@ -110,8 +110,7 @@ __device__ void dispatch_role(MoverShared<kStages>& shared, const RowsParams& pa
     RowSource source;
     while (claims.take(row, source)) {
         const bool remote = source.rank >= 0 && source.rank != peers.rank;  // padding counts as the rank's own
-        if (which == Which::kPeers && !remote) row = -1, source.rank = -1;
-        if (which == Which::kOwn && remote) row = -1, source.rank = -1;
+        if (which != Which::kAll && remote != (which == Which::kPeers)) row = -1, source.rank = -1;
         wait_for_peers(peers, source.rank, expected, seen);
         RowMove move{nullptr, row >= 0 ? params.pool + row * params.cut.row_bytes : nullptr};
         float weight = 0;

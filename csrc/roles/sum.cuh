@@ -10,9 +10,11 @@
 namespace megamoe {
 
 constexpr int kMaxTopK = 16;
-constexpr int kSlotsAsked = 8;  // slots of a token that a lane looks at together
-constexpr int kTurnTokens = 2;  // tokens of a turn, 16 lanes each
-static_assert(32 / kTurnTokens >= kMaxTopK && 32 % kTurnTokens == 0);
+constexpr int kSlotsAsked = 8;                // slots of a token that a lane looks at together
+constexpr int kTurnTokens = 2;                // tokens of a turn
+constexpr int kTurnLanes = 32 / kTurnTokens;  // that look at a token's slots
+constexpr unsigned kTurnSlots = (1u << kTurnLanes) - 1;
+static_assert(kTurnLanes >= kMaxTopK && 32 % kTurnTokens == 0);
 
 // Bits of the kept slots of a token, and whether the rank that fills each has done so.
 struct TokenState {
@@ -104,22 +106,29 @@ __device__ __forceinline__ unsigned pick_tokens(unsigned filled, int most) {
     return __funnelshift_l(picked, picked, turn);
 }
 
-// Takes filled tokens of one block that no other warp has; returns how many it summed. Whole warp.
+// Takes filled tokens of a block of 32, a bit each; those that no other warp has are this one's to sum. Whole warp.
+__device__ __forceinline__ unsigned take_tokens(const FusedParams& params, int block, unsigned filled) {
+    unsigned taken = 0;
+    if ((threadIdx.x & 31) == 0) taken = atomicOr(params.counters.taken + block, filled);
+    const unsigned mine = filled & ~__shfl_sync(0xffffffffu, taken, 0);
+    // Flag -> slots: ld.relaxed.sys by a lane, fence.acq_rel.sys by the same; barrier; loads by all lanes.
+    ptx::fence_acq_rel_sys();
+    random_delay();
+    __syncwarp();
+    return mine;
+}
+
+// Sums filled tokens of one block that no other warp has; returns how many. Whole warp.
 template <int kBatch, int kSteps, int kTakenTokens>
 __device__ __forceinline__ int sum_block(const FusedParams& params, int block, uint32_t epoch) {
     const int lane = threadIdx.x & 31;
     const int token = block * 32 + lane;
-    unsigned taken = *const_cast<volatile unsigned*>(params.counters.taken + block);
+    const unsigned taken = *const_cast<volatile unsigned*>(params.counters.taken + block);
     TokenState state{0, false};
     if (token < params.tokens && !(taken >> lane & 1)) state = token_state(params, token, epoch);
-    unsigned mine = pick_tokens(__ballot_sync(0xffffffffu, state.filled), kTakenTokens);
-    if (mine == 0) return 0;
-    if (lane == 0) taken = atomicOr(params.counters.taken + block, mine);
-    mine &= ~__shfl_sync(0xffffffffu, taken, 0);
-    // Flag -> slots: ld.relaxed.sys by a lane, fence.acq_rel.sys by the same; barrier; loads by all lanes.
-    if (state.filled) ptx::fence_acq_rel_sys();
-    random_delay();
-    __syncwarp();
+    const unsigned picked = pick_tokens(__ballot_sync(0xffffffffu, state.filled), kTakenTokens);
+    if (picked == 0) return 0;
+    const unsigned mine = take_tokens(params, block, picked);
     for (unsigned rest = mine; rest != 0; rest &= rest - 1) {
         const int i = __ffs(rest) - 1;
         sum_slots<kBatch, kSteps>(params, block * 32 + i, __shfl_sync(0xffffffffu, state.kept, i));
@@ -155,16 +164,15 @@ __device__ __forceinline__ void check_sum(const FusedParams& params, unsigned lo
     }
 }
 
-// The slot of a turn that a lane looks at: k = lane % 16 of token lane / 16.
+// The slot of a turn that a lane looks at: k = lane % kTurnLanes of token lane / kTurnLanes.
 struct TurnSlot {
     const uint32_t* flag;  // null: no slot, or a dropped one
-    unsigned kept;         // of both tokens, 16 bits each; the same in all lanes
+    unsigned kept;         // of all tokens, kTurnLanes bits each; the same in all lanes
 };
 
 __device__ __forceinline__ TurnSlot turn_slot(const FusedParams& params, int first) {
-    constexpr int kLanes = 32 / kTurnTokens;
     const Peers& peers = params.peers;
-    const int lane = threadIdx.x & 31, token = first + lane / kLanes, k = lane % kLanes;
+    const int lane = threadIdx.x & 31, token = first + lane / kTurnLanes, k = lane % kTurnLanes;
     const bool there = token < params.tokens && k < params.top_k;
     const int flat = token * params.top_k + k;
     const long long row = there ? params.slot_of[flat] : -1;
@@ -180,7 +188,7 @@ __device__ __forceinline__ unsigned turn_filled(const TurnSlot& slot, uint32_t e
     const unsigned lanes = __ballot_sync(0xffffffffu, missing);
     unsigned filled = 0;
     for (int t = 0; t < kTurnTokens; ++t) {
-        if ((lanes >> (32 / kTurnTokens * t) & ((1u << 32 / kTurnTokens) - 1)) == 0) filled |= 1u << t;
+        if ((lanes >> kTurnLanes * t & kTurnSlots) == 0) filled |= 1u << t;
     }
     return filled;
 }
@@ -188,18 +196,10 @@ __device__ __forceinline__ unsigned turn_filled(const TurnSlot& slot, uint32_t e
 // Sums the filled tokens of a turn that nobody else has taken; returns how many. Whole warp.
 template <int kBatch, int kSteps>
 __device__ __forceinline__ int sum_filled(const FusedParams& params, int first, unsigned filled, unsigned kept) {
-    constexpr int kLanes = 32 / kTurnTokens;
     const int shift = first % 32;
-    unsigned taken = 0;
-    if ((threadIdx.x & 31) == 0) taken = atomicOr(params.counters.taken + first / 32, filled << shift);
-    const unsigned mine = filled & ~(__shfl_sync(0xffffffffu, taken, 0) >> shift);
-    // Flag -> slots: ld.relaxed.sys by a lane, fence.acq_rel.sys by the same; barrier; loads by all lanes.
-    ptx::fence_acq_rel_sys();
-    random_delay();
-    __syncwarp();
+    const unsigned mine = take_tokens(params, first / 32, filled << shift) >> shift;
     for (int t = 0; t < kTurnTokens; ++t) {
-        const unsigned slots = kept >> kLanes * t & ((1u << kLanes) - 1);
-        if (mine >> t & 1) sum_slots<kBatch, kSteps>(params, first + t, slots);
+        if (mine >> t & 1) sum_slots<kBatch, kSteps>(params, first + t, kept >> kTurnLanes * t & kTurnSlots);
     }
     return __popc(mine);
 }
