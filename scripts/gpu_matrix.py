@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib.util
 import json
 import os
 import subprocess
@@ -271,14 +270,15 @@ def main() -> int:
 def run_matrix(names: list[str], options: argparse.Namespace) -> int:
     import torch
 
+    from megamoe_train import recipes
+
     gpus = torch.cuda.device_count()
     ranks = options.ranks or gpus or 2
     limits = (1e-3, 5e-3) if gpus else (2e-6, 1e-3)  # bf16, fp32
     device = torch.cuda.get_device_name() if gpus else "CPU"
-    packages = ("transformer_engine", "fused_weight_gradient_mlp_cuda")
-    has = [importlib.util.find_spec(package) is not None for package in packages]
+    world = recipes.World(ranks, gpus)
     compared = [name for name in names if name in ROWS]
-    absent = {name: why for name in compared if (why := missing(name, ranks, *has, bool(gpus)))}
+    absent = {name: why for name in compared if (why := missing(name, world))}
     folder = Path(tempfile.mkdtemp(prefix="megamoe-matrix-"))
     print(f"{ranks} ranks on {device}, backend {options.backend}, {STEPS} steps; logs in {folder}")
     print(f"| {'row':<70} | state   | seconds | found")

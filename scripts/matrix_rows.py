@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megamoe_train.recipes import World
 
 STEPS = 6
 
@@ -25,6 +29,7 @@ ENGINE = ["--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
 NO_FUSION = ["--no-gradient-accumulation-fusion"]
 BF16 = ["--bf16"]
 SHARDED = ["--use-distributed-optimizer"]
+OVERLAPS = [*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"]
 EP1, EP2 = (["--expert-model-parallel-size", str(size)] for size in (1, 2))
 V4 = shlex.split("""
 --moe-router-score-function sqrtsoftplus --moe-router-enable-expert-bias --moe-router-load-balancing-type seq_aux_loss
@@ -61,8 +66,8 @@ ROWS = {
     "EP=2, staged experts": row(EP2, ours="--megamoe-experts staged"),
     "distributed optimizer": row(EP2, SHARDED),
     "overlap grad reduce": row(EP2, SHARDED, ["--overlap-grad-reduce"]),
-    "overlap grad reduce and param gather": row(EP2, SHARDED, ["--overlap-grad-reduce", "--overlap-param-gather"]),
-    "overlap param gather, EP=1": row(EP1, SHARDED, ["--overlap-grad-reduce", "--overlap-param-gather"]),
+    "overlap grad reduce and param gather": row(EP2, OVERLAPS),
+    "overlap param gather, EP=1": row(EP1, OVERLAPS),
     "gradients in bf16": row(EP2, ["--grad-reduce-in-bf16"]),
     "recompute full": row(EP2, ours="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "recompute moe": row(EP2, ours="--recompute-granularity selective --recompute-modules moe"),
@@ -79,12 +84,10 @@ ROWS = {
     "dropped tokens": row(EP2, ["--moe-expert-capacity-factor", "0.75"]),
     "TransformerEngine: TEGroupedMLP, EP=2": row(EP2, engine=True),
     "TransformerEngine: EP=1, DDP": row(EP1, engine=True),
-    "TransformerEngine: distributed optimizer, overlaps": row(
-        EP2, SHARDED, ["--overlap-grad-reduce", "--overlap-param-gather"], engine=True
-    ),
+    "TransformerEngine: distributed optimizer, overlaps": row(EP2, OVERLAPS, engine=True),
     "TransformerEngine and apex: gradient accumulation fusion": row(EP2, engine=True, apex=True),
     "TransformerEngine and apex: the same, distributed optimizer, overlaps": row(
-        EP2, SHARDED, ["--overlap-grad-reduce", "--overlap-param-gather"], engine=True, apex=True
+        EP2, OVERLAPS, engine=True, apex=True
     ),
     "TransformerEngine: recompute full": row(
         EP2, engine=True, ours="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -106,16 +109,16 @@ ROWS = {
 }  # fmt: skip
 
 
-def missing(name: str, ranks: int, has_engine: bool, has_apex: bool, on_gpu: bool) -> str | None:
+def missing(name: str, world: World) -> str | None:
     """Why a row cannot run here."""
-    if ROWS[name].zipf and not on_gpu:
+    if ROWS[name].zipf and not world.on_gpu:
         return "reads a GPU's memory, none is here"
-    if ROWS[name].engine and not has_engine:
+    if ROWS[name].engine and not world.has_transformer_engine:
         return "TransformerEngine is not installed"
-    if ROWS[name].apex and not has_apex:
+    if ROWS[name].apex and not world.has_apex:
         return "apex (fused_weight_gradient_mlp_cuda) is not installed"
-    if ROWS[name].ranks > ranks:
-        return f"needs {ROWS[name].ranks} ranks, {ranks} are here"
+    if ROWS[name].ranks > world.num_ranks:
+        return f"needs {ROWS[name].ranks} ranks, {world.num_ranks} are here"
     return None
 
 
