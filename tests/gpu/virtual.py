@@ -69,14 +69,18 @@ class Ranks:
                 results.append(call(*items))
         return results
 
-    def plan(self, ids: list[Tensor], sizing: str = "high_water", capacity: int = 0) -> list[ops_plan.DevicePlan]:
-        """As ops_plan.build_plan, by steps."""
+    def plan(
+        self, ids: list[Tensor], sizing: str = "high_water", capacity: int = 0, late: int | None = None
+    ) -> list[ops_plan.DevicePlan]:
+        """As ops_plan.build_plan, by steps; rank `late` starts late."""
         sizes = [capacity if sizing == "fixed" else w.high_water or ops_plan.first_capacity(w) for w in self.workspaces]
         if sizing == "exact":
             sizes = [ops_plan.MAX_ROWS] * len(ids)
         for workspace, size in zip(self.workspaces, sizes, strict=True):
             workspace.high_water = size if sizing == "high_water" else workspace.high_water
         self.synchronize()
+        if late is not None:
+            self.delay(late)
         plans = self.each(ops_plan.plan_count, self.workspaces, ids, sizes)
         self.each(ops_plan.plan_place, plans)
         rows = [plan.settle() if sizing == "exact" else None for plan in plans]

@@ -28,10 +28,12 @@ namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kSharedBytes = 227 * 1024;
+constexpr int kRoundsOfAPoll = 32;  // at most, from one nanosleep of a waiting thread to its next
 
 std::atomic<int> resident_ctas{2};  // per launch
 std::atomic<int> chance{50};        // of a pending copy to make a step when a thread yields, in percent
 std::atomic<uint64_t> seed{1};
+std::atomic<uint64_t> progress{0};  // changes while any rank is given work or does more than poll
 
 [[noreturn]] void die(const char* why) {
     std::fprintf(stderr, "emulator: %s\n", why);
@@ -175,6 +177,7 @@ void run_cta(dim3 grid, dim3 block, dim3 index, const std::function<void()>& bod
     mine.failed = &failed;
     for (unsigned t = 0; t < block.x; ++t) mine.fibers[t].place = {dim3(t, 0, 0), index, block, grid};
     std::memset(shared, 0xCD, kSharedBytes);
+    int since_poll = 0;
     while (mine.live > 0 && !failed) {
         // Warps in random order; the threads of a warp mostly together, as hardware runs them.
         const size_t first = mine.random() % mine.fibers.size();
@@ -183,7 +186,12 @@ void run_cta(dim3 grid, dim3 block, dim3 index, const std::function<void()>& bod
             if (!mine.fibers[at].done) resume(mine.fibers[at], at);
         }
         // A thread polls another rank: leave it the processor.
-        if (mine.polled) std::this_thread::sleep_for(std::chrono::microseconds(200));
+        if (mine.polled) {
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+            since_poll = 0;
+        } else if (++since_poll > kRoundsOfAPoll) {
+            ++progress;
+        }
         mine.polled = false;
         std::this_thread::yield();
     }
@@ -352,6 +360,7 @@ void released() {
 
 void enqueue(cudaStream_t handle, std::function<void()> item) {
     Stream& stream = stream_of(handle);
+    ++progress;
     const std::lock_guard lock(stream.mutex);
     stream.queue.push_back(std::move(item));
     stream.changed.notify_all();
@@ -394,9 +403,16 @@ extern "C" void emulator_configure(int ctas, int percent, uint64_t start) {
     emulator::seed = start;
 }
 
-extern "C" void emulator_delay(uint64_t stream, int milliseconds) {
-    emulator::enqueue(reinterpret_cast<cudaStream_t>(stream),
-                      [=] { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); });
+// The stream goes on once nobody else got anywhere for so long: all that can run ahead of it has, however slow the
+// machine is.
+extern "C" void emulator_hold(uint64_t stream, int quiet_ms) {
+    emulator::enqueue(reinterpret_cast<cudaStream_t>(stream), [=] {
+        uint64_t before;
+        do {
+            before = emulator::progress;
+            std::this_thread::sleep_for(std::chrono::milliseconds(quiet_ms));
+        } while (emulator::progress != before);
+    });
 }
 
 // Waits until every stream is idle; returns how many have failed (a kernel trapped).

@@ -15,7 +15,7 @@ import torch
 from megamoe_train import ops, ops_comm, ops_plan
 from tests.gpu.virtual import Data, Load, Ranks, assert_same, expected_slots, run_layer, sum_slots, twins_of
 
-DELAY_MS = 30
+QUIET_MS = 50  # a late rank waits until the others got nowhere for so long
 DEADLINE_S = 20.0  # threads of two cores take turns; nothing here should ever wait so long
 
 
@@ -43,7 +43,7 @@ class EmulatedRanks(Ranks):
         assert not failed, "a kernel trapped and left no record"
 
     def delay(self, rank: int) -> None:
-        self.library.emulator_delay(ctypes.c_uint64(self.streams[rank]), DELAY_MS)
+        self.library.emulator_hold(ctypes.c_uint64(self.streams[rank]), QUIET_MS)
 
     @contextlib.contextmanager
     def on(self, rank: int):
@@ -76,18 +76,21 @@ def plans(load: Load, sizing: str, dtype: torch.dtype) -> None:
         twins = twins_of(ids, load.experts)
         for workspace in ranks.workspaces:
             workspace.high_water = max(twin.num_rows for twin in twins)
-        ranks.delay(seed % load.ranks)
-        given = [one.to(dtype) for one in ids]
-        whole = sizing == "in one call"
-        made = ranks.each(whole_plan, ranks.workspaces, given) if whole else ranks.plan(given, sizing)
+        given, late = [one.to(dtype) for one in ids], seed % load.ranks
+        if sizing == "in one call":
+            ranks.delay(late)
+            made = ranks.each(whole_plan, ranks.workspaces, given)
+        else:
+            made = ranks.plan(given, sizing, late=late)
         ranks.synchronize()
         for plan, twin in zip(made, twins, strict=True):
             assert_same(plan, twin)
 
 
-def rank_without_rows_runs_ahead() -> None:
-    """Rank 1 brings no token and owns no row, so that only the protocol holds it back; ranks 0 and 2 are late."""
-    load = Load("first_and_last", (3, 0, 2), 1, 3)
+def rank_without_rows_runs_ahead(tokens: int) -> None:
+    """Rank 1 owns no row, so that only the protocol holds it back; ranks 0 and 2, which pull its tokens if it brings
+    any, are late."""
+    load = Load("first_and_last", (3, tokens, 2), 1, 3)
     ranks = EmulatedRanks(load)
     for step in range(2):
         run_layer(ranks, Data(load, 256, step, "cpu"), late=2 * step)
@@ -191,10 +194,11 @@ CASES = {
     "layer of 4 ranks, one without tokens": lambda: layer(Load("hot_rank", (7, 0, 128, 1), 6, 64), 1024),
     "layer of 2 ranks, rows in pieces": lambda: layer(Load("some_dropped", (9, 40), 2, 8), 4608, num_sms=3),
     "layer of 2 ranks, several rows a unit": lambda: layer(Load("zipf", (60, 33), 4, 16), 256, num_sms=2),
-    "layer of 8 ranks": lambda: layer(Load("hot_expert", (5, 7, 1, 0, 20, 3, 2, 1), 2, 64), 512, steps=1),
+    "layer of 8 ranks": lambda: layer(Load("hot_expert", (5, 7, 1, 0, 20, 3, 2, 1), 2, 64), 512, steps=1, num_sms=7),
     "layer of 1 rank": lambda: layer(Load("some_dropped", (50,), 4, 8), 768),
     "layer of no token": lambda: layer(Load("uniform", (0, 0), 2, 8), 256),
-    "a rank without rows runs ahead": rank_without_rows_runs_ahead,
+    "a rank without rows runs ahead": lambda: rank_without_rows_runs_ahead(4),
+    "a rank without rows and tokens runs ahead": lambda: rank_without_rows_runs_ahead(0),
     "dispatches back to back": dispatches_back_to_back,
     "plans, int64, exact": lambda: plans(Load("zipf", (300, 1100), 2, 96), "exact", torch.int64),
     "plan of one rank": lambda: plans(Load("zipf", (700,), 3, 40), "high_water", torch.int64),
