@@ -1,6 +1,5 @@
 #include "host/comm.hpp"
 
-#include <algorithm>
 #include <climits>
 #include <cstring>
 #include <stdexcept>
@@ -33,10 +32,10 @@ PlanLayout layout_for(int64_t ranks, int64_t experts, int64_t slots) {
     return plan_layout(ranks, experts, slots, plan_blocks(slots));
 }
 
-// As many SMs again for the rank's own rows, where there are any.
+// As many SMs again for the rank's own rows, where there are peers and so many SMs; else every SM pulls both.
 cudaError_t pull(const RowsParams& params, int num_sms, cudaStream_t stream) {
-    const int ctas = params.peers.ranks == 1 ? num_sms : std::min(2 * num_sms, sm_count());
-    return launch_pull(params, ctas, ctas == num_sms ? 0 : num_sms, stream);
+    const bool apart = params.peers.ranks > 1 && num_sms <= sm_count() / 2;
+    return launch_pull(params, apart ? 2 * num_sms : num_sms, apart ? num_sms : 0, stream);
 }
 
 PlanLayout layout_for(const WorkspaceHandle& workspace, int64_t tokens) {

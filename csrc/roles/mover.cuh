@@ -10,8 +10,8 @@ namespace megamoe {
 
 constexpr int kMoverStageBytes = 8192;  // NVLink needs copies of this size to be busy with few SMs
 constexpr int kMaxUnitRows = 16;        // 512-byte rows: the smallest, H = 256
-// Little: at the end a warp still has two claims (one prefetched) at 1/144 of the link's rate. With 64 KB that was 9%
-// of a push of 200 MB.
+// Little: at the end a warp still has up to three claims (two prefetched) at 1/144 of the link's rate. With 64 KB and
+// two claims that was 9% of a push of 200 MB.
 constexpr int kClaimBytes = 16384;
 
 // How rows are cut into units of at most one stage: short rows travel several at a time, long ones in equal pieces.

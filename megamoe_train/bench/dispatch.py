@@ -1,8 +1,9 @@
 """`bench dispatch`: plan, dispatch and combine beside the machine's floors and Megatron's alltoall dispatcher.
 
-Floors of the same run: the bytes that cross NVLink, contiguous, moved by the same warps on as many SMs, both ranks at
-once (pull from the peer, push to the peer); HBM: a device copy, bytes read and written. Rates count the bytes that
-cross NVLink, though dispatch moves the rank's own rows as well. Each number is the median over iterations, worst rank.
+Floors of the same run: the bytes that cross NVLink, contiguous, moved by the same warps on as many SMs as dispatch and
+combine use NVLink from (dispatch takes as many again for the rank's own rows), both ranks at once (pull, push); HBM: a
+device copy, bytes read and written. Rates count the bytes that cross NVLink, though dispatch moves the rank's own rows
+as well. Each number is the median over iterations, worst rank.
 """
 
 from __future__ import annotations
