@@ -18,13 +18,13 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
 
     const int rank = static_cast<int>(ptx::cluster_rank());
     if (warpgroup_index() == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+        ptx::give_registers<kProducerRegisters>();
         if (warp_index() == 0) loader_role<kGemm>(shared, params, rank);
         if (warp_index() == 1 && rank == 0)
             scheduler_role(shared, &params, {1, params.num_experts, {}}, claims, [](const UnitSlot&) {});
         if (warp_index() == 2) storer_role<kGemm>(shared, params, rank);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
+        ptx::take_registers<kMathRegisters>();
         math_role<kGemm>(shared, params, warpgroup_index() - 1, rank);
     }
     __syncwarp();

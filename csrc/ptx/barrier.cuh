@@ -1,4 +1,4 @@
-// mbarriers, named barriers and cluster synchronisation.
+// mbarriers and cluster synchronisation.
 #pragma once
 #include <cstdint>
 
@@ -80,10 +80,6 @@ __device__ __forceinline__ void store_async_cta(int4* slot, int4 value, uint64_t
                      map_to_cta(smem_address(slot), cta)),
                  "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(map_to_cta(smem_address(barrier), cta))
                  : "memory");
-}
-
-__device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace megamoe::ptx

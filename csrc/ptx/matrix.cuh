@@ -42,9 +42,4 @@ __device__ __forceinline__ void store_shared_v2(uint32_t address, float v0, floa
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v0), "f"(v1) : "memory");
 }
 
-// Byte offset of the 16-byte unit `unit` (0..7) of row `row` in a tile of 128-byte rows with the 128-byte swizzle.
-__device__ __forceinline__ uint32_t swizzle_128(uint32_t row, uint32_t unit) {
-    return row * 128 + ((unit ^ (row & 7)) << 4);
-}
-
 }  // namespace megamoe::ptx

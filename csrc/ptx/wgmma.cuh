@@ -1,26 +1,8 @@
 // Warpgroup matrix multiply: D[64, 256] (fp32, registers) += A[64, 16] * B[16, 256], bf16 from shared memory.
 #pragma once
-#include <cstdint>
+#include "ptx/layout.cuh"
 
 namespace megamoe::ptx {
-
-// Which index of an operand is contiguous in memory: the reduction index (K) or the row/column index (MN).
-enum class Major : int { K = 0, MN = 1 };
-
-// Shared-memory descriptor of a tile in the 128-byte swizzle (PTX ISA, "Shared Memory Matrix Layout").
-// K-major: rows of 64 elements, 8-row groups 1024 bytes apart.
-// MN-major: [64 k][64 mn] blocks; 8-k groups 1024 bytes apart, the next 64 mn in the next 8192-byte block.
-template <Major kMajor>
-__device__ __forceinline__ uint64_t smem_descriptor(uint32_t address) {
-    constexpr uint64_t kSwizzle128 = 1ull << 62;
-    constexpr uint64_t kStride = 1024 >> 4;
-    constexpr uint64_t kLeading = kMajor == Major::MN ? 8192 >> 4 : 1;
-    return kSwizzle128 | (kStride << 32) | (kLeading << 16) | ((address & 0x3FFFF) >> 4);
-}
-
-// Distance between the descriptors of neighbouring k16 slices, in the descriptor's units of 16 bytes.
-template <Major kMajor>
-constexpr uint64_t kSliceStep = kMajor == Major::K ? (16 * 2) >> 4 : (16 * 128) >> 4;
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

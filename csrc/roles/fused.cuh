@@ -190,8 +190,7 @@ __device__ __forceinline__ void leave() {
     trace.count(CtaMark::kMathTokens, sum_in_turns<kMathSlots, kMathSteps>(params, seen));
     trace.tie(CtaMark::kClockEnd, CtaMark::kGlobalEnd);
     leave();
-    asm volatile("exit;");
-    __builtin_unreachable();
+    ptx::exit_thread();
 }
 
 template <bool kBackward>
@@ -243,13 +242,13 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
 
     const int rank = static_cast<int>(ptx::cluster_rank());
     if (warpgroup_index() == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+        ptx::give_registers<kProducerRegisters>();
         if (warp_index() == 0) fused_loader<kBackward>(shared, params, rank);
         if (warp_index() == 1 && rank == 0) fused_scheduler<kBackward>(shared, params);
         if (warp_index() == 2) fused_storer<kBackward>(shared, params, rank);
         if (is_mover(warp_index(), rank)) fused_mover(params, first_pull(warp_index()));
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
+        ptx::take_registers<kMathRegisters>();
         fused_math<kBackward>(shared, params, warpgroup_index() - 1, rank);
     }
     leave();

@@ -2,6 +2,7 @@
 #pragma once
 #include "comm/wait.cuh"
 #include "ptx/bulk.cuh"
+#include "ptx/thread.cuh"
 #include "schedule/ring.cuh"
 
 namespace megamoe {

@@ -5,6 +5,8 @@
 #pragma once
 #include <cuda_bf16.h>
 
+#include "ptx/approximate.cuh"
+
 namespace megamoe {
 
 using Pair = __nv_bfloat162;
@@ -26,10 +28,7 @@ __device__ __forceinline__ uint32_t clamp_up(uint32_t u, Pair limit) {
 
 // 1 / (1 + 2^(-x log2 e)); an overflow of 2^ gives 1/inf = 0, the right limit.
 __device__ __forceinline__ float sigmoid(float x) {
-    float e, r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(__fmul_rn(x, -1.4426950408889634f)));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(__fadd_rn(1.0f, e)));
-    return r;
+    return ptx::reciprocal_approximate(__fadd_rn(1.0f, ptx::exp2_approximate(__fmul_rn(x, -1.4426950408889634f))));
 }
 
 // silu(g') u' of one element: what a and dp share.
