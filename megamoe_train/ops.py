@@ -45,6 +45,11 @@ def raw_stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 
 
+def pinned_bytes(*size: int) -> Tensor:
+    """uint8 on the host, from where a copy to the GPU is asynchronous."""
+    return torch.empty(*size, dtype=torch.uint8, pin_memory=True)
+
+
 @cache
 def load() -> None:
     """Loads the extension into torch once. RuntimeError where it is not built."""
@@ -68,7 +73,7 @@ def expert_maps(matrices: Sequence[Tensor], kind: MapKind) -> Tensor:
     MapKind.GRADIENT.
     Returns uint8 [L, 128] on that device. Valid as long as the matrices stay where they are.
     """
-    table = torch.empty(len(matrices), MAP_BYTES, dtype=torch.uint8, pin_memory=True)
+    table = pinned_bytes(len(matrices), MAP_BYTES)
     encode_maps(matrices, kind, table)
     return table.to(matrices[0].device)
 
@@ -91,7 +96,7 @@ class GradientTable:
     def of(cls, gradients: Sequence[Tensor]) -> GradientTable:
         """gradients: L fp32 tensors [out, in] on one CUDA device, wherever each lies; contiguous, 16-byte aligned."""
         end = len(gradients) * MAP_BYTES
-        table = torch.empty(end + len(gradients) * ADDRESS_BYTES, dtype=torch.uint8, pin_memory=True)
+        table = pinned_bytes(end + len(gradients) * ADDRESS_BYTES)
         encode_maps(gradients, MapKind.GRADIENT, table[:end].view(-1, MAP_BYTES))
         table[end:].view(torch.int64).copy_(addresses(gradients))
         return cls(table.to(gradients[0].device))

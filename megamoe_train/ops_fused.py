@@ -33,7 +33,7 @@ class WeightMaps:
     @classmethod
     def of(cls, fc1: Sequence[Tensor], fc2: Sequence[Tensor]) -> WeightMaps:
         """fc1: L bf16 CUDA tensors [2I, H]; fc2: L of [H, I]. Raises ValueError naming an expert that will not do."""
-        table = torch.empty(4, len(fc1), ops.MAP_BYTES, dtype=torch.uint8, pin_memory=True)
+        table = ops.pinned_bytes(4, len(fc1), ops.MAP_BYTES)
         for number, kind in enumerate((ops.MapKind.WEIGHT, ops.MapKind.WEIGHT_MN)):
             ops.encode_maps(fc1, kind, table[2 * number])
             ops.encode_maps(fc2, kind, table[2 * number + 1])

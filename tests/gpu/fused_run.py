@@ -1,4 +1,7 @@
-"""One layer through the fused kernels: this process's rank, or R virtual ranks on streams of one GPU."""
+"""One layer through the fused kernels: this process's rank, or R virtual ranks on streams of one GPU.
+
+tests/csrc/emulator runs the virtual ranks on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ from megamoe_train.bench import ranks as processes
 from megamoe_train.workspace import Shape, Workspace
 from tests.gpu.layer_case import Layer, RankResult
 from tests.gpu.virtual import Ranks
-
-DELAY = 20_000_000  # cycles, ~10 ms
 
 
 def shape_of(layer: Layer) -> Shape:
@@ -26,7 +27,7 @@ def share_of_sms(ranks: int) -> int:
 def gradients(layer: Layer, rank: int, fill: float = torch.nan) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """fp32 gradients of one rank's experts, poisoned: they are to be written, not added to."""
     return tuple(
-        [torch.full(weight.shape, fill, device="cuda") for weight in weights] for weights in layer.experts_of(rank)
+        [torch.full(weight.shape, fill, device=layer.device) for weight in weights] for weights in layer.experts_of(rank)
     )
 
 
@@ -60,10 +61,10 @@ def one_rank(layer: Layer, rank: int, *, backward: bool = True, num_sms: int = 0
 class VirtualRanks:
     """All ranks of a layer in this process, each on its own stream and its share of the SMs."""
 
-    def __init__(self, layer: Layer, num_sms: int = 0):
+    def __init__(self, layer: Layer, num_sms: int = 0, ranks: Ranks | None = None):
         load = layer.case.load
         self.num_sms = num_sms or share_of_sms(load.ranks)
-        self.ranks = Ranks(load, layer.case.hidden, streams=True)
+        self.ranks = ranks or Ranks(load, layer.case.hidden, streams=True)
 
     def run(self, layer: Layer, *, backward: bool = True, late: int | None = None) -> dict[int, RankResult]:
         """Forward and backward of all ranks; `late` starts after the others."""
@@ -73,21 +74,21 @@ class VirtualRanks:
         options = {"clamp": layer.case.clamp, "num_sms": self.num_sms}
         maps = [maps_of(layer, rank) for rank in everyone]
         with ranks.workspaces[0].guard.watch():
-            torch.cuda.synchronize()
+            ranks.synchronize()
             plans = ranks.plan(layer.ids)
             self._delay(late)
             calls = ranks.each(lambda *a: ops_fused.ForwardCall(*a, **options), plans, layer.xs, layer.ps, maps)
             results = [RankResult(call.y, call.h) for call in self._launch(calls)]
             if backward:
                 self._backward(layer, plans, maps, results, options, late)
-            torch.cuda.synchronize()
+            ranks.synchronize()
         return dict(enumerate(results))
 
     def _backward(self, layer: Layer, plans, maps, results: list[RankResult], options: dict, late: int | None) -> None:
         for rank, result in enumerate(results):
             result.dfc1, result.dfc2 = gradients(layer, rank)
         tables = [[ops.GradientTable.of(kind) for kind in (result.dfc1, result.dfc2)] for result in results]
-        torch.cuda.synchronize()
+        self.ranks.synchronize()
         self._delay(late)
         calls = self.ranks.each(
             lambda plan, dy, x, h, p, maps, tables: ops_fused.BackwardCall(
@@ -105,8 +106,7 @@ class VirtualRanks:
 
     def _delay(self, rank: int | None) -> None:
         if rank is not None:
-            with self.ranks.on(rank):
-                torch.cuda._sleep(DELAY)
+            self.ranks.delay(rank)
 
 
 def bits(result: RankResult, layer: Layer, rank: int) -> list[torch.Tensor]:

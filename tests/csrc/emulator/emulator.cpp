@@ -1,155 +1,67 @@
-#include "emulator.hpp"
+// Threads, barriers, collectives of a warp, and streams.
+#include "state.hpp"
 
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <map>
-#include <memory>
 #include <mutex>
-#include <random>
 #include <thread>
-#include <vector>
-
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
 
 namespace emulator {
+
+thread_local Fiber* running;
+
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kSharedBytes = 227 * 1024;
 constexpr int kRoundsOfAPoll = 32;  // at most, from one nanosleep of a waiting thread to its next
 
-std::atomic<int> resident_ctas{2};  // per launch
-std::atomic<int> chance{50};        // of a pending copy to make a step when a thread yields, in percent
+std::atomic<int> resident_clusters{2};  // per launch
+std::atomic<int> chance{50};            // of a pending copy to make a step when a thread yields, in percent
 std::atomic<uint64_t> seed{1};
 std::atomic<uint64_t> progress{0};  // changes while any rank is given work or does more than poll
 
-[[noreturn]] void die(const char* why) {
-    std::fprintf(stderr, "emulator: %s\n", why);
-    std::_Exit(3);
-}
-
-struct Store {
-    uint8_t* to;
-    const uint8_t* from;
-    std::vector<uint8_t> data;
-    uint32_t bytes;
-    int group;
-    bool read;
-};
-
-struct Load {
-    void* to;
-    const void* from;
-    uint32_t bytes;
-    uint64_t* barrier;
-    uint64_t due;  // some take much longer than others
-};
-
-struct Fiber {
-    Place place;
-    jmp_buf state;
-    bool started = false, done = false;
-    int group = 0;  // bulk group being filled
-    std::vector<Store> stores;
-    // What a fence of the async proxy has still to order; see the rules in emulator.hpp.
-    bool acquired = false, written = false, wrote_shared = false;
-};
-
-struct Warp {
-    int arrived = 0;
-    unsigned generation = 0;
-    Collective what{};
-    uint64_t in[32], out[32];
-    int argument[32];
-};
-
-struct Cta {
-    std::vector<Fiber> fibers;
-    std::vector<Warp> warps;
-    std::vector<Load> loads;
-    uint64_t ticks = 0;
-    bool polled = false;
-    int live = 0, arrived = 0;
-    unsigned generation = 0;
-    std::mt19937_64 random;
-    const std::function<void()>* body = nullptr;
-    std::atomic<bool>* failed = nullptr;
-};
-
-thread_local Cta* cta;
-thread_local Fiber* running;
 thread_local jmp_buf scheduler;
 thread_local uint8_t* stacks;
-thread_local uint8_t* shared;
-
-void finish_load(size_t index) {
-    const Load load = cta->loads[index];
-    cta->loads.erase(cta->loads.begin() + static_cast<long>(index));
-    std::memcpy(load.to, load.from, load.bytes);
-    mbarrier(load.barrier).change(0, -static_cast<int>(load.bytes));
-}
-
-void read_store(Store& store) {
-    if (store.read) return;
-    store.data.assign(store.from, store.from + store.bytes);
-    store.read = true;
-}
-
-void copies_step() {
-    ++cta->ticks;
-    if (static_cast<int>(cta->random() % 100) >= chance) return;
-    if (!cta->loads.empty() && cta->random() % 2) {
-        const size_t index = cta->random() % cta->loads.size();
-        if (cta->loads[index].due <= cta->ticks) finish_load(index);
-        return;
-    }
-    if (running->stores.empty()) return;
-    const size_t index = cta->random() % running->stores.size();
-    Store& store = running->stores[index];
-    if (store.group == running->group) return;  // not committed yet
-    if (!store.read) return read_store(store);
-    std::memcpy(store.to, store.data.data(), store.bytes);
-    running->stores.erase(running->stores.begin() + static_cast<long>(index));
-    running->written = true;
-}
 
 // What one of them has acquired, all have after they met.
-void share_acquired(size_t first, size_t end) {
-    const auto begin = cta->fibers.begin();
-    const bool any = std::any_of(begin + static_cast<long>(first), begin + static_cast<long>(end),
-                                 [](const Fiber& fiber) { return fiber.acquired; });
-    for (size_t i = first; any && i < end; ++i) cta->fibers[i].acquired = true;
+template <class Fibers>
+void share_acquired(Fibers first, Fibers end) {
+    const bool any = std::any_of(first, end, [](const Fiber& fiber) { return fiber.acquired; });
+    for (; any && first != end; ++first) first->acquired = true;
 }
 
-void release_barrier() {
-    if (cta->live == 0 || cta->arrived != cta->live) return;
-    cta->arrived = 0, ++cta->generation;
-    share_acquired(0, cta->fibers.size());
+void share_acquired(Cta& cta) { share_acquired(cta.fibers.begin(), cta.fibers.end()); }
+
+bool complete(Barrier& barrier) {
+    if (barrier.live == 0 || barrier.arrived != barrier.live) return false;
+    barrier.arrived = 0, ++barrier.generation;
+    return true;
+}
+
+void release_barriers() {
+    if (complete(cta().barrier)) share_acquired(cta());
+    if (!complete(cluster().barrier)) return;
+    for (Cta& each : cluster().ctas) share_acquired(each);
+}
+
+void meet(Barrier& barrier) {
+    const unsigned mine = barrier.generation;
+    ++barrier.arrived;
+    release_barriers();
+    while (barrier.generation == mine) yield();
 }
 
 void fiber_main() {
-    (*cta->body)();
-    for (const Store& store : running->stores) {
-        if (!store.read) die("a thread ended while its bulk store was reading shared memory");
-        std::memcpy(store.to, store.data.data(), store.bytes);
-    }
-    running->stores.clear();
-    running->done = true;
-    --cta->live;
-    release_barrier();
-    _longjmp(scheduler, 1);
+    (*cluster().body)();
+    exit_thread();
 }
 
 void resume(Fiber& fiber, size_t index) {
@@ -166,24 +78,42 @@ void resume(Fiber& fiber, size_t index) {
     setcontext(&context);
 }
 
-void run_cta(dim3 grid, dim3 block, dim3 index, const std::function<void()>& body, std::atomic<bool>& failed) {
-    Cta mine;
-    cta = &mine;
-    mine.fibers.resize(block.x);
-    mine.warps.resize((block.x + 31) / 32);
-    mine.live = static_cast<int>(block.x);
-    mine.random.seed(seed.fetch_add(1) * 0x9e3779b97f4a7c15ull);
-    mine.body = &body;
+void set_up(Cluster& cluster, const Launch& launch, dim3 first, uint8_t* shared) {
+    const unsigned threads = launch.block.x;
+    cluster.random.seed(seed.fetch_add(1) * 0x9e3779b97f4a7c15ull);
+    cluster.body = &launch.thread;
+    cluster.ctas.resize(launch.cluster);
+    cluster.barrier.live = static_cast<int>(launch.cluster * threads);
+    for (unsigned c = 0; c < launch.cluster; ++c) {
+        Cta& cta = cluster.ctas[c];
+        cta.cluster = &cluster;
+        cta.shared = shared + c * kSharedWindow;
+        std::memset(cta.shared, 0xCD, kSharedBytes);
+        cta.fibers.resize(threads);
+        cta.warps.resize(threads / 32);
+        cta.barrier.live = static_cast<int>(threads);
+        const dim3 index(first.x + c, first.y, 0);
+        for (unsigned t = 0; t < threads; ++t) {
+            cta.fibers[t].place = {dim3(t, 0, 0), index, launch.block, launch.grid, c};
+            cta.fibers[t].cta = &cta;
+        }
+    }
+}
+
+// `first`: index of the cluster's first CTA.
+void run_cluster(const Launch& launch, dim3 first, uint8_t* shared, std::atomic<bool>& failed) {
+    Cluster mine;
     mine.failed = &failed;
-    for (unsigned t = 0; t < block.x; ++t) mine.fibers[t].place = {dim3(t, 0, 0), index, block, grid};
-    std::memset(shared, 0xCD, kSharedBytes);
+    set_up(mine, launch, first, shared);
+    const size_t each = launch.block.x, all = launch.cluster * each;
     int since_poll = 0;
-    while (mine.live > 0 && !failed) {
+    while (mine.barrier.live > 0 && !failed) {
         // Warps in random order; the threads of a warp mostly together, as hardware runs them.
-        const size_t first = mine.random() % mine.fibers.size();
-        for (size_t i = 0; i < mine.fibers.size() && !failed; ++i) {
-            const size_t at = (first + i) % mine.fibers.size();
-            if (!mine.fibers[at].done) resume(mine.fibers[at], at);
+        const size_t begin = mine.random() % all;
+        for (size_t i = 0; i < all && !failed; ++i) {
+            const size_t at = (begin + i) % all;
+            Fiber& fiber = mine.ctas[at / each].fibers[at % each];
+            if (!fiber.done) resume(fiber, at);
         }
         // A thread polls another rank: leave it the processor.
         if (mine.polled) {
@@ -195,8 +125,38 @@ void run_cta(dim3 grid, dim3 block, dim3 index, const std::function<void()>& bod
         mine.polled = false;
         std::this_thread::yield();
     }
-    if (!failed && !mine.loads.empty()) die("a CTA ended with bulk loads in flight");
+    for (const Cta& cta : mine.ctas) {
+        if (!failed && !cta.loads.empty()) die("a CTA ended with bulk loads in flight");
+    }
 }
+
+// Memory of one resident cluster: stacks, and shared memory whose addresses have 32 bits as on the device.
+class Resident {
+public:
+    explicit Resident(const Launch& launch)
+        : stack_bytes_(launch.cluster * launch.block.x * kStackBytes),
+          shared_bytes_((launch.cluster + 1) * kSharedWindow) {
+        stacks = map(stack_bytes_, 0);
+        mapped_ = map(shared_bytes_, MAP_32BIT);
+    }
+    ~Resident() {
+        munmap(stacks, stack_bytes_);
+        munmap(mapped_, shared_bytes_);
+    }
+    uint8_t* shared() const {
+        const auto address = reinterpret_cast<uint64_t>(mapped_);
+        return reinterpret_cast<uint8_t*>((address + kSharedWindow - 1) / kSharedWindow * kSharedWindow);
+    }
+
+private:
+    static uint8_t* map(size_t bytes, int flags) {
+        void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+        if (found == MAP_FAILED) die("no memory");
+        return static_cast<uint8_t*>(found);
+    }
+    size_t stack_bytes_, shared_bytes_;
+    uint8_t* mapped_;
+};
 
 struct Stream {
     std::deque<std::function<void()>> queue;
@@ -238,35 +198,55 @@ Stream& stream_of(cudaStream_t handle) {
 
 }  // namespace
 
+void die(const char* why) {
+    std::fprintf(stderr, "emulator: %s\n", why);
+    std::_Exit(3);
+}
+
 const Place& place() { return running->place; }
 
+Fiber* warp_begin() { return cta().fibers.data() + running->place.thread.x / 32 * 32; }
+
 void yield() {
-    copies_step();
+    ++cta().ticks;
+    if (static_cast<int>(cluster().random() % 100) < chance) copies_step();
+    if (static_cast<int>(cluster().random() % 100) < chance) products_step();
     if (!_setjmp(running->state)) _longjmp(scheduler, 1);
 }
 
 void nanosleep() {
-    cta->polled = true;
+    cluster().polled = true;
     yield();
 }
 
 void trap() {
-    *cta->failed = true;
+    *cluster().failed = true;
     while (true) yield();
 }
 
-void sync_threads() {
-    const unsigned mine = cta->generation;
-    ++cta->arrived;
-    release_barrier();
-    while (cta->generation == mine) yield();
+void exit_thread() {
+    end_of_thread();
+    running->done = true;
+    --cta().barrier.live;
+    --cluster().barrier.live;
+    release_barriers();
+    _longjmp(scheduler, 1);
 }
 
-uint8_t* dynamic_shared() { return shared; }
+void sync_threads() { meet(cta().barrier); }
+void sync_cluster() { meet(cluster().barrier); }
+
+uint8_t* dynamic_shared() { return cta().shared; }
+
+void* at_cta(const void* shared, unsigned rank) {
+    const auto offset = static_cast<const uint8_t*>(shared) - cta().shared;
+    if (offset < 0 || offset >= static_cast<long>(kSharedBytes)) die("not an address in shared memory");
+    return cluster().ctas.at(rank).shared + offset;
+}
 
 uint64_t collective(Collective what, unsigned mask, uint64_t value, int argument) {
     if (mask != ~0u) die("only collectives of the whole warp are emulated");
-    Warp& warp = cta->warps[running->place.thread.x / 32];
+    Warp& warp = cta().warps[running->place.thread.x / 32];
     const int lane = static_cast<int>(running->place.thread.x % 32);
     if (warp.arrived == 0) warp.what = what;
     if (warp.what != what) die("the threads of a warp met in different collectives");
@@ -274,8 +254,7 @@ uint64_t collective(Collective what, unsigned mask, uint64_t value, int argument
     warp.argument[lane] = argument;
     const unsigned mine = warp.generation;
     if (++warp.arrived == 32) {
-        const size_t first = running->place.thread.x / 32 * 32;
-        share_acquired(first, first + 32);
+        share_acquired(warp_begin(), warp_begin() + 32);
         std::copy(warp.in, warp.in + 32, warp.out);
         warp.arrived = 0;
         ++warp.generation;
@@ -285,6 +264,7 @@ uint64_t collective(Collective what, unsigned mask, uint64_t value, int argument
     uint64_t result = 0;
     switch (what) {
         case Collective::kSync: break;
+        case Collective::kExchange: return reinterpret_cast<uint64_t>(all);
         case Collective::kShuffle: return all[argument & 31];
         case Collective::kShuffleUp: return lane >= argument ? all[lane - argument] : value;
         case Collective::kBallot:
@@ -304,60 +284,6 @@ uint64_t collective(Collective what, unsigned mask, uint64_t value, int argument
     return result;
 }
 
-void load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-    if (bytes % 16 || reinterpret_cast<uint64_t>(to) % 16 || reinterpret_cast<uint64_t>(from) % 16) {
-        die("a bulk load is not aligned to 16 bytes");
-    }
-    if (running->acquired) die("a bulk load follows an acquire without fence.proxy.async between them");
-    const uint64_t slow = cta->random() % 4 ? 0 : cta->random() % 3000;
-    cta->loads.push_back({to, from, bytes, barrier, cta->ticks + slow});
-}
-
-void store(void* to, const void* from, uint32_t bytes) {
-    if (bytes % 16 || reinterpret_cast<uint64_t>(to) % 16 || reinterpret_cast<uint64_t>(from) % 16) {
-        die("a bulk store is not aligned to 16 bytes");
-    }
-    const size_t first = running->place.thread.x / 32 * 32;
-    for (size_t i = first; i < first + 32; ++i) {
-        if (cta->fibers[i].wrote_shared) die("a bulk store follows plain stores to shared memory without a fence");
-    }
-    running->stores.push_back(
-        {static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from), {}, bytes, running->group, false});
-}
-
-void commit() { ++running->group; }
-
-void wait_stores(int pending, bool written) {
-    yield();
-    auto& stores = running->stores;
-    for (size_t i = 0; i < stores.size();) {
-        if (stores[i].group >= running->group - pending) {
-            ++i;
-            continue;
-        }
-        read_store(stores[i]);
-        if (!written) {
-            ++i;
-            continue;
-        }
-        std::memcpy(stores[i].to, stores[i].data.data(), stores[i].bytes);
-        stores.erase(stores.begin() + static_cast<long>(i));
-        running->written = true;
-    }
-}
-
-void acquired() { running->acquired = true; }
-void wrote_shared() { running->wrote_shared = true; }
-void fence_async_shared() { running->wrote_shared = false; }
-void fence_async() { running->acquired = running->written = running->wrote_shared = false; }
-
-void released() {
-    for (const Fiber& fiber : cta->fibers) {
-        if (fiber.written) die("a release follows bulk stores without fence.proxy.async between them");
-        if (!fiber.stores.empty()) die("a release follows bulk stores that were not waited for");
-    }
-}
-
 void enqueue(cudaStream_t handle, std::function<void()> item) {
     Stream& stream = stream_of(handle);
     ++progress;
@@ -366,28 +292,27 @@ void enqueue(cudaStream_t handle, std::function<void()> item) {
     stream.changed.notify_all();
 }
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t handle, std::function<void()> thread) {
-    if (grid.x * grid.y == 0 || block.x == 0 || block.x % 32 || shared_bytes > kSharedBytes) die("bad launch");
-    Stream& stream = stream_of(handle);
+void run_grid(const Launch& launch) {
+    const auto [grid, block, cluster] = std::tuple(launch.grid, launch.block, launch.cluster);
+    if (grid.x * grid.y == 0 || block.x == 0 || block.x % 32 || grid.x % cluster || launch.shared_bytes > kSharedBytes) {
+        die("bad launch");
+    }
+    Stream& stream = stream_of(launch.stream);
     std::vector<dim3> order;
     for (unsigned y = 0; y < grid.y; ++y) {
-        for (unsigned x = 0; x < grid.x; ++x) order.emplace_back(x, y, 0);
+        for (unsigned x = 0; x < grid.x; x += cluster) order.emplace_back(x, y, 0);
     }
     std::mt19937_64 random(seed.fetch_add(1));
     std::shuffle(order.begin(), order.end(), random);
     std::atomic<size_t> next{0};
     auto resident = [&] {
-        stacks = static_cast<uint8_t*>(
-            mmap(nullptr, block.x * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        shared = static_cast<uint8_t*>(std::aligned_alloc(1024, kSharedBytes));
+        const Resident memory(launch);
         for (size_t i = next++; i < order.size() && !stream.failed; i = next++) {
-            run_cta(grid, block, order[i], thread, stream.failed);
+            run_cluster(launch, order[i], memory.shared(), stream.failed);
         }
-        std::free(shared);
-        munmap(stacks, block.x * kStackBytes);
     };
     std::vector<std::thread> threads;
-    for (size_t i = 0; i < std::min<size_t>(order.size(), static_cast<size_t>(resident_ctas)); ++i) {
+    for (size_t i = 0; i < std::min<size_t>(order.size(), static_cast<size_t>(resident_clusters)); ++i) {
         threads.emplace_back(resident);
     }
     for (std::thread& one : threads) one.join();
@@ -397,8 +322,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t handle, s
 
 // ---- for Python, through ctypes ----
 
-extern "C" void emulator_configure(int ctas, int percent, uint64_t start) {
-    emulator::resident_ctas = ctas;
+extern "C" void emulator_configure(int clusters, int percent, uint64_t start) {
+    emulator::resident_clusters = clusters;
     emulator::chance = percent;
     emulator::seed = start;
 }

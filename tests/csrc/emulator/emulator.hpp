@@ -1,15 +1,19 @@
 // Runs CUDA kernels of csrc/ on the CPU, for tests: the source is the kernels' own (see build.py), this replaces what
-// the compiler and ptx/ give it. A CUDA thread is a fiber, a resident CTA an operating-system thread, a stream a
+// the compiler and ptx/ give it. A CUDA thread is a fiber, a resident cluster an operating-system thread, a stream a
 // worker.
 //
 // Asynchronous copies really happen later: at random moments, in random order, a store reads shared memory first and
-// writes its target some time after. So a missing wait shows as wrong data. Memory order weaker than the host's is not
-// modelled. Fences between the generic and the async proxy are, by rules that end the process where they are broken:
+// writes its target some time after. So do matrix instructions, which read shared memory then. So a missing wait shows
+// as wrong data. Memory order weaker than the host's is not modelled. Fences between the generic and the async proxy
+// are, by rules that end the process where they are broken:
 //   acquire (by this thread or one it met since)    fence.proxy.async by this thread   bulk load
 //   bulk stores written, by any thread of the CTA   fence.proxy.async by that thread   release by the CTA
-//   plain stores to shared memory, by the warp      fence.proxy.async by the writers   bulk store
+//      (in a kernel of clusters: of the warp)                                             (by the warp)
+//   plain stores to shared memory, by the warp      fence.proxy.async by the writers   bulk store; arrival on an mbarrier
+// and an mbarrier must not get more arrivals than its phase has.
 #pragma once
 #include <climits>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -23,11 +27,21 @@
 #define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)  // build.py tells the launch
 #define __align__(n)
 #define __shared__ static thread_local  // a CTA is an operating-system thread
 
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
 };
 struct dim3 {
     unsigned x, y, z;
@@ -45,28 +59,46 @@ cudaError_t cudaFuncSetAttribute(Kernel*, int, size_t) {
     return cudaSuccess;
 }
 
+struct CUtensorMap;
+
 namespace emulator {
 
 struct Place {
     dim3 thread, block, block_size, grid;
+    unsigned cluster_rank;
 };
 const Place& place();
 void yield();
 void nanosleep();
 [[noreturn]] void trap();
+[[noreturn]] void exit_thread();
 void sync_threads();
+void sync_cluster();
 uint8_t* dynamic_shared();
+void* at_cta(const void* shared, unsigned rank);  // the same place in another CTA of the cluster
 
-enum class Collective { kSync, kShuffle, kShuffleUp, kBallot, kAny, kMatch, kAdd, kOr };
+enum class Collective { kSync, kShuffle, kShuffleUp, kBallot, kAny, kMatch, kAdd, kOr, kExchange };
 uint64_t collective(Collective what, unsigned mask, uint64_t value, int argument = 0);
+// What each lane gave; to be read before the warp meets again.
+inline const uint64_t* exchange(uint64_t value) {
+    return reinterpret_cast<const uint64_t*>(collective(Collective::kExchange, ~0u, value));
+}
 
+struct Launch {
+    unsigned cluster;  // CTAs
+    dim3 grid, block;
+    size_t shared_bytes;
+    cudaStream_t stream;
+    std::function<void()> thread;
+};
 void enqueue(cudaStream_t stream, std::function<void()> work);
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, std::function<void()> thread);
+void run_grid(const Launch& launch);
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            Arguments... arguments) {
-    enqueue(stream, [=] { run_grid(grid, block, shared_bytes, stream, [=] { kernel(arguments...); }); });
+void launch(unsigned cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Arguments... arguments) {
+    const Launch launch{cluster, grid, block, shared_bytes, stream, [=] { kernel(arguments...); }};
+    enqueue(stream, [=] { run_grid(launch); });
 }
 
 // Bulk copies of the running CTA.
@@ -75,18 +107,30 @@ void store(void* to, const void* from, uint32_t bytes);
 void commit();
 void wait_stores(int pending, bool written);
 
+// Boxes of tensor maps. ctas: of the cluster, a bit each; 0: the running one.
+void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, unsigned ctas);
+void store_box(const CUtensorMap* map, const void* from, int x, int y);
+
+// wgmma m64n256k16: d, the running thread's share.
+void multiply(float* d, uint64_t a, bool a_mn, uint64_t b, bool b_mn, bool accumulate);
+void commit_products();
+void wait_products(int pending);
+
 // For the rules above.
 void acquired();
 void released();
 void wrote_shared();
 void fence_async();
 void fence_async_shared();
+void handed_over();
+[[noreturn]] void die(const char* why);
 
 struct Mbarrier {
     uint16_t count, pending;
     int32_t state;  // transaction bytes still to come, times two, and the phase bit
 
     void change(int arrivals, int bytes) {
+        if (arrivals > pending) die("an mbarrier got more arrivals than its phase has");
         state += 2 * bytes;
         pending = static_cast<uint16_t>(pending - arrivals);
         if (pending == 0 && state / 2 == 0) pending = count, state ^= 1;
@@ -110,14 +154,23 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 inline void __syncthreads() { emulator::sync_threads(); }
 inline void __syncwarp() { emulator::collective(emulator::Collective::kSync, ~0u, 0); }
 template <class T>
+T emulated_shuffle(emulator::Collective what, unsigned mask, T value, int argument) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    bits = emulator::collective(what, mask, bits, argument);
+    return std::memcpy(&value, &bits, sizeof(T)), value;
+}
+template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
-    return static_cast<T>(
-        emulator::collective(emulator::Collective::kShuffle, mask, static_cast<uint64_t>(value), lane));
+    return emulated_shuffle(emulator::Collective::kShuffle, mask, value, lane);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, int step) {
-    return static_cast<T>(
-        emulator::collective(emulator::Collective::kShuffleUp, mask, static_cast<uint64_t>(value), step));
+    return emulated_shuffle(emulator::Collective::kShuffleUp, mask, value, step);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+    return __shfl_sync(mask, value, static_cast<int>(emulator::place().thread.x % 32) ^ lanes);
 }
 inline unsigned __ballot_sync(unsigned mask, bool value) {
     return static_cast<unsigned>(emulator::collective(emulator::Collective::kBallot, mask, value));
@@ -150,6 +203,9 @@ inline uint32_t __float_as_uint(float value) {
     return std::memcpy(&bits, &value, 4), bits;
 }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
 inline int atomicAdd(int* address, int value) {
     emulator::yield();

@@ -13,6 +13,8 @@ import sys
 import torch
 
 from megamoe_train import ops, ops_comm, ops_plan
+from tests.gpu.fused_run import VirtualRanks, assert_same_bits
+from tests.gpu.layer_case import Case, Layer, assert_layer
 from tests.gpu.virtual import Data, Load, Ranks, assert_same, expected_slots, run_layer, sum_slots, twins_of
 
 QUIET_MS = 50  # a late rank waits until the others got nowhere for so long
@@ -112,6 +114,17 @@ def dispatches_back_to_back() -> None:
         data[0].check_rows(pool)
 
 
+def fused(case: Case, num_sms: int, **options) -> None:
+    """The fused kernels against fp64, twice, each time with another rank late: the same bits."""
+    layer = Layer(case, device="cpu")
+    found = []
+    for late in range(2):
+        ranks = VirtualRanks(layer, num_sms, EmulatedRanks(case.load, case.hidden))
+        found.append(ranks.run(layer, late=late % case.load.ranks, **options))
+        assert_layer(layer, found[-1])
+    assert_same_bits(layer, *found)
+
+
 def overflow() -> None:
     """The same verdict at every rank; nothing is written; the next plan works."""
     load = Load("hot_rank", (40, 9), 2, 8)
@@ -208,6 +221,7 @@ CASES = {
     "travel, 4 ranks": lambda: travel(Load("some_dropped", (7, 0, 131, 40), 6, 64), 512, 3),
     "travel, 1 rank": lambda: travel(Load("zipf", (150,), 16, 40), 1536, 4),
     "travel, 2 ranks, one CTA": lambda: travel(Load("hot_expert", (65, 1), 1, 4), 256, 1),
+    "fused, 1 rank": lambda: fused(Case(Load("uniform", (20,), 2, 2), 256, 128), 2),
     "overflow": overflow,
     "bad ids": bad_ids,
 }
@@ -218,7 +232,8 @@ def main(library: str, seed: str, *names: str, deadline_s: float = DEADLINE_S) -
     torch.ops.load_library(library)
     EmulatedRanks.library, EmulatedRanks.deadline_s = ctypes.CDLL(library), deadline_s
     EmulatedRanks.library.emulator_configure(2, 30 + int(seed) * 17 % 60, ctypes.c_uint64(1000 * int(seed) + 1))
-    ops.load = lambda: None
+    ops.load, ops.raw_stream = lambda: None, lambda device: EmulatedRanks.current
+    ops.pinned_bytes = lambda *size: torch.empty(*size, dtype=torch.uint8)
     ops_plan.stream_of = lambda workspace: EmulatedRanks.current
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
     for name in names:
