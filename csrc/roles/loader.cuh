@@ -14,8 +14,12 @@ __device__ __forceinline__ void load_a(const GemmParams& params, const UnitSlot&
                                        int m_tile, int k_block, int half, bool multicast) {
     uint8_t* dst = stage + half * (kBytesA / 2);
     if constexpr (GemmTraits<kGemm>::kIsWgrad) {
-        const int row = unit.row_begin + k_block * kBlockK;
-        ptx::tma_load_3d(dst, &params.a, full, 0, row, m_tile * 2 + half, ptx::kEvictNormal);
+        const int row = unit.row_begin + k_block * kBlockK, block = m_tile * 2 + half;
+        if (multicast) {
+            ptx::tma_load_3d_multicast(dst, &params.a, full, 0, row, block, kBothCtas, ptx::kEvictNormal);
+        } else {
+            ptx::tma_load_3d(dst, &params.a, full, 0, row, block, ptx::kEvictNormal);
+        }
     } else {
         const int row = unit.row_begin + m_tile * kTileM + half * 64;
         if (multicast) {

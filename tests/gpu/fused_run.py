@@ -27,7 +27,8 @@ def share_of_sms(ranks: int) -> int:
 def gradients(layer: Layer, rank: int, fill: float = torch.nan) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """fp32 gradients of one rank's experts, poisoned: they are to be written, not added to."""
     return tuple(
-        [torch.full(weight.shape, fill, device=layer.device) for weight in weights] for weights in layer.experts_of(rank)
+        [torch.full(weight.shape, fill, device=layer.device) for weight in weights]
+        for weights in layer.experts_of(rank)
     )
 
 

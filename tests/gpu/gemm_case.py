@@ -9,6 +9,8 @@ from torch import Tensor
 
 from megamoe_train import ops
 
+FP32_RESULTS = ("dfc1", "dfc2", "dp")
+
 
 def swiglu64(h: Tensor, p: Tensor, clamp: float | None, da_bar: Tensor | None = None):
     """a from h [rows, 2I] in h's dtype; with da_bar also (dh, dp). DESIGN section 2, written out."""
@@ -29,7 +31,7 @@ def swiglu64(h: Tensor, p: Tensor, clamp: float | None, da_bar: Tensor | None = 
 
 @dataclass
 class Case:
-    """One layer's pools on the GPU. Rows between an expert's count and its padding are zero in the inputs."""
+    """One layer's pools. Rows between an expert's count and its padding are zero in the inputs."""
 
     rows: list[int]
     hidden: int
@@ -38,25 +40,26 @@ class Case:
     scale: float = 1.0
     seed: int = 0
     num_sms: int = 0
+    device: str = "cuda"
     groups: ops.Groups = field(init=False)
     pool_rows: int = field(init=False)
 
     def __post_init__(self):
-        gen = torch.Generator("cuda").manual_seed(self.seed)
-        self.groups, self.pool_rows = ops.Groups.of(self.rows, "cuda", num_sms=self.num_sms, deadline_s=4.0)
+        gen = torch.Generator(self.device).manual_seed(self.seed)
+        self.groups, self.pool_rows = ops.Groups.of(self.rows, self.device, num_sms=self.num_sms, deadline_s=4.0)
         count, hidden, inter = len(self.rows), self.hidden, self.inter
 
         def normal(*shape, std=1.0):
-            return (torch.randn(*shape, device="cuda", generator=gen) * std).bfloat16()
+            return (torch.randn(*shape, device=self.device, generator=gen) * std).bfloat16()
 
-        mask = torch.zeros(self.pool_rows, 1, dtype=torch.bfloat16, device="cuda")
+        mask = torch.zeros(self.pool_rows, 1, dtype=torch.bfloat16, device=self.device)
         for begin, rows in self.segments():
             mask[begin : begin + rows] = 1
         self.x = normal(self.pool_rows, hidden) * mask
         self.dy = normal(self.pool_rows, hidden) * mask
         self.fc1 = [normal(2 * inter, hidden, std=self.scale * hidden**-0.5) for _ in range(count)]
         self.fc2 = [normal(hidden, inter, std=inter**-0.5) for _ in range(count)]
-        self.p = torch.rand(self.pool_rows, device="cuda", generator=gen)
+        self.p = torch.rand(self.pool_rows, device=self.device, generator=gen)
 
     def segments(self):
         begin = 0
@@ -65,7 +68,7 @@ class Case:
             begin += (rows + ops.ROW_TILE - 1) // ops.ROW_TILE * ops.ROW_TILE
 
     def poisoned(self, *shape, dtype=torch.bfloat16) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+        return torch.full(shape, float("nan"), dtype=dtype, device=self.device)
 
     def run_kernels(self, accumulate: bool = True) -> dict[str, Tensor]:
         """All six products, each on the result of the one before; outputs poisoned first."""
@@ -75,7 +78,7 @@ class Case:
         out |= {"dh": self.poisoned(M, 2 * I), "a2": self.poisoned(M, I), "dx": self.poisoned(M, H)}
         partials = self.poisoned(M, -(-I // 256), dtype=torch.float32)
         fill = torch.ones if accumulate else self.poisoned
-        kw = {"device": "cuda"} if accumulate else {}
+        kw = {"device": self.device} if accumulate else {}
         out["dfc1"] = fill(len(self.rows), 2 * I, H, dtype=torch.float32, **kw)
         out["dfc2"] = fill(len(self.rows), H, I, dtype=torch.float32, **kw)
         ops.fc1(self.x, ops.expert_maps(self.fc1, kinds.WEIGHT), g, self.p, out["h"], out["a"], self.clamp)
@@ -109,3 +112,54 @@ class Case:
     def ours_of(self, expert: int, ours: dict[str, Tensor]) -> dict[str, Tensor]:
         begin, rows = list(self.segments())[expert]
         return {k: v[expert] if k.startswith("dfc") else v[begin : begin + rows] for k, v in ours.items()}
+
+
+def rel(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_close(what, name, got, want, plain):
+    """The 2x rule of DESIGN section 8: at most twice the error of the same computation in plain torch."""
+    assert torch.isfinite(got.double()).all(), f"{what}: not every element was written, or not finite"
+    floor = 2.0**-22 if name in FP32_RESULTS else 2.0**-9
+    allowed = 2 * max(rel(plain, want), floor)
+    assert rel(got, want) <= allowed, f"{what}: rel-L2 {rel(got, want):.3e} > {allowed:.3e}"
+    ulp = want.abs().max().item() * (2.0**-22 if name in FP32_RESULTS else 2.0**-8)
+    worst, plain_worst = (got.double() - want).abs().max().item(), (plain.double() - want).abs().max().item()
+    assert worst <= 2 * plain_worst + ulp, f"{what}: max error {worst:.3e}, plain {plain_worst:.3e}, ulp {ulp:.3e}"
+
+
+def plain_torch(case, expert, ours, accumulate):
+    """bf16 operands are exact in TF32, so this is the tensor cores' own arithmetic with fp32 accumulators."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return case.oracle(expert, ours, accumulate, dtype=torch.float32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def assert_products(case: Case, accumulate: bool) -> None:
+    """All six products of every expert by the 2x rule."""
+    ours = case.run_kernels(accumulate)
+    for expert, rows in enumerate(case.rows):
+        got, want = case.ours_of(expert, ours), case.oracle(expert, ours, accumulate)
+        plain = plain_torch(case, expert, ours, accumulate)
+        if rows == 0:
+            base = float(accumulate)
+            assert (got["dfc1"] == base).all() and (got["dfc2"] == base).all()
+            continue
+        for name, value in want.items():
+            rounded = plain[name] if name in FP32_RESULTS else plain[name].bfloat16()
+            assert_close(f"expert {expert} of {case.rows[expert]} rows: {name}", name, got[name], value, rounded)
+        assert torch.equal(got["a"], got["a2"]), "the recomputed a differs from forward's"
+
+
+def assert_wgrad(case: Case, out: int) -> None:
+    """A gradient [out, H] of every expert, added to ones."""
+    gradients = [torch.ones(out, case.hidden, device=case.device) for _ in case.rows]
+    dout = torch.randn(case.pool_rows, out, device=case.device).bfloat16() * (case.x[:, :1] != 0)
+    ops.wgrad(dout, case.x, ops.GradientTable.of(gradients), case.groups)
+    for gradient, (begin, rows) in zip(gradients, case.segments(), strict=True):
+        part = slice(begin, begin + rows)
+        assert rel(gradient, 1 + dout[part].double().t() @ case.x[part].double()) < 1e-5

@@ -67,7 +67,18 @@ def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None, base:
             (tree / part / path.name).write_text(rewritten(text))
     (tree / OWN).write_text(rewritten((HERE / OWN).read_text()))
     include = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-w", "-Wno-psabi", "-x", "c++", f"-I{HERE}", f"-I{tree}"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-w",
+        "-Wno-psabi",
+        "-x",
+        "c++",
+        f"-I{HERE}",
+        f"-I{tree}",
+    ]
     system = [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
     objects = []
     for source in (*(HERE / name for name in EMULATOR), *(tree / name for name in (*SOURCES, OWN))):

@@ -197,14 +197,13 @@ void check_released(const Fiber& fiber) {
 
 }  // namespace
 
-// In a kernel of clusters each warp releases what it did itself.
-void released() {
-    if (cluster().ctas.size() > 1) {
-        const Fiber* warp = warp_begin();
-        for (int i = 0; i < 32; ++i) check_released(warp[i]);
-        return;
+// In a kernel of clusters a counter's release is about what the warp stored; others are about plain stores.
+void released(bool counter) {
+    if (cluster().ctas.size() == 1) {
+        for (const Fiber& fiber : cta().fibers) check_released(fiber);
+    } else if (counter) {
+        for (int i = 0; i < 32; ++i) check_released(warp_begin()[i]);
     }
-    for (const Fiber& fiber : cta().fibers) check_released(fiber);
 }
 
 void handed_over() {

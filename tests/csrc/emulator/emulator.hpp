@@ -8,7 +8,7 @@
 // are, by rules that end the process where they are broken:
 //   acquire (by this thread or one it met since)    fence.proxy.async by this thread   bulk load
 //   bulk stores written, by any thread of the CTA   fence.proxy.async by that thread   release by the CTA
-//      (in a kernel of clusters: of the warp)                                             (by the warp)
+//      (in a kernel of clusters: of the warp)                                             (of a counter)
 //   plain stores to shared memory, by the warp      fence.proxy.async by the writers   bulk store; arrival on an mbarrier
 // and an mbarrier must not get more arrivals than its phase has.
 #pragma once
@@ -118,7 +118,7 @@ void wait_products(int pending);
 
 // For the rules above.
 void acquired();
-void released();
+void released(bool counter = false);
 void wrote_shared();
 void fence_async();
 void fence_async_shared();

@@ -14,6 +14,8 @@ import torch
 
 from megamoe_train import ops, ops_comm, ops_plan
 from tests.gpu.fused_run import VirtualRanks, assert_same_bits
+from tests.gpu.gemm_case import Case as GemmCase
+from tests.gpu.gemm_case import assert_products, assert_wgrad
 from tests.gpu.layer_case import Case, Layer, assert_layer
 from tests.gpu.virtual import Data, Load, Ranks, assert_same, expected_slots, run_layer, sum_slots, twins_of
 
@@ -125,6 +127,16 @@ def fused(case: Case, num_sms: int, **options) -> None:
     assert_same_bits(layer, *found)
 
 
+def products() -> None:
+    """The six products, each alone in a launch, and wgrads whose rows end in half a pair of row tiles."""
+    EmulatedRanks.current = 0
+    shape = {"hidden": 512, "inter": 384, "clamp": 1.0, "scale": 2.0, "num_sms": 4, "device": "cpu"}
+    for accumulate in (True, False):
+        assert_products(GemmCase([70, 0, 200], seed=int(accumulate), **shape), accumulate)
+    for out in (64, 384):
+        assert_wgrad(GemmCase([70, 0, 200], **shape), out)
+
+
 def overflow() -> None:
     """The same verdict at every rank; nothing is written; the next plan works."""
     load = Load("hot_rank", (40, 9), 2, 8)
@@ -222,6 +234,10 @@ CASES = {
     "travel, 1 rank": lambda: travel(Load("zipf", (150,), 16, 40), 1536, 4),
     "travel, 2 ranks, one CTA": lambda: travel(Load("hot_expert", (65, 1), 1, 4), 256, 1),
     "fused, 1 rank": lambda: fused(Case(Load("uniform", (20,), 2, 2), 256, 128), 2),
+    "fused, 2 ranks": lambda: fused(Case(Load("zipf", (40, 61), 3, 8), 512, 384, 1.0, 3.0), 4),
+    "fused, many rows": lambda: fused(Case(Load("uniform", (330,), 1, 1), 256, 256, 10.0), 4),
+    "fused, 4 ranks": lambda: fused(Case(Load("some_dropped", (7, 0, 31, 20), 4, 16), 768, 128, 2.0, 2.0), 2),
+    "products": products,
     "overflow": overflow,
     "bad ids": bad_ids,
 }

@@ -33,7 +33,7 @@ inline int load_relaxed_gpu(const int* address) {
 }
 inline void add_release_gpu(int* address, int value) {
     emulator::yield();
-    emulator::released();
+    emulator::released(true);
     __atomic_fetch_add(address, value, __ATOMIC_RELEASE);
 }
 inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
