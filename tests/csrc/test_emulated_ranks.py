@@ -1,6 +1,5 @@
-"""Plan, dispatch and combine kernels, and all that travels in the fused ones, on the CPU (emulator/): several ranks
-that really wait for each other, one late, copies that land late and in any order. Mutations of waits, fences and
-signals must be caught.
+"""All kernels on the CPU (emulator/), the fused ones against fp64: several ranks that really wait for each other, one
+late, copies that land late and in any order, warps that stall. Mutations of waits, fences and signals must be caught.
 
 Two fences have no mutation here, since no rule of the emulator needs them: `fence.acq_rel.sys` in `signal`, which the
 release store after it implies for the writes ordered before it by a barrier (it stands for the reader), and the fence
@@ -27,7 +26,7 @@ FIRST, PIECES, AHEAD = (
     "layer of 2 ranks, rows in pieces",
     "a rank without rows runs ahead",
 )
-TRAVEL = "travel, 4 ranks"
+FUSED, PEERS, MANY_ROWS = "fused, 2 ranks", "fused, 4 ranks", "fused, 1 rank, many rows"
 SMALL_ROWS, PLANS = "layer of 2 ranks, several rows a unit", "plans, int32, high water"
 EARLY = "if (!last_cta(params.control + kRowTicket, gridDim.x)) return;\n    if (threadIdx.x >= peers.ranks) return;"
 MUTATIONS = {
@@ -63,19 +62,66 @@ MUTATIONS = {
         "kernels/plan.cu",
         "    if (params.peers.ranks > 1) wait_listed_kernel<<<1, kMaxRanks, 0, stream>>>(params);\n", "", PLANS),
     "fused: rows pulled before they are announced": (
-        "roles/pull.cuh", "        wait_for_peers(peers, source.rank, expected, seen);\n", "", TRAVEL),
+        "roles/pull.cuh", "        wait_for_peers(peers, source.rank, expected, seen);\n", "", PEERS),
     "fused: arrived before they are pulled": (
         "roles/pull.cuh", "        if (until == kAllRows && lane == 0) wait_for_frontier",
         "        if (lane == 0) add_counter(params.counters.arrived + which * params.tiles + first / kRowTile,"
-        " params.claim_rows);\n        if (until == kAllRows && lane == 0) wait_for_frontier", TRAVEL),
+        " params.claim_rows);\n        if (until == kAllRows && lane == 0) wait_for_frontier", PEERS),
     "fused: acknowledged by nobody": (
-        "roles/pull.cuh", "            count_pulled(params, which, params.claim_rows, rows + 1);", "", TRAVEL),
+        "roles/pull.cuh", "            count_pulled(params, which, params.claim_rows, rows + 1);", "", PEERS),
     "summed in sweeps before it is there": (
-        "roles/sum.cuh", "state.filled = state.filled && static_cast<int>(flag[i] - epoch) >= 0;", "", TRAVEL),
-    "summed in a turn before it is there": ("roles/sum.cuh", "turn_filled(slot, epoch) & open;", "open;", TRAVEL),
-    "no turn waits": ("roles/sum.cuh", "open == 0 || !wait", "true", TRAVEL),
+        "roles/sum.cuh", "state.filled = state.filled && static_cast<int>(flag[i] - epoch) >= 0;", "", PEERS),
+    "summed in a turn before it is there": ("roles/sum.cuh", "turn_filled(slot, epoch) & open;", "open;", PEERS),
+    "no turn waits": ("roles/sum.cuh", "open == 0 || !wait", "true", PEERS),
     "a turn does not look at flags": (
-        "roles/sum.cuh", "static_cast<int>(ptx::load_relaxed_sys(slot.flag) - epoch) < 0", "false", TRAVEL),
+        "roles/sum.cuh", "static_cast<int>(ptx::load_relaxed_sys(slot.flag) - epoch) < 0", "false", PEERS),
+    "read before it is made": (
+        "roles/fused.cuh", "        wait_counter(params.peers, counters.made + at, shares, Waiting::kTileMade);\n", "",
+        FUSED),
+    "read before its rows arrived": (
+        "roles/fused.cuh",
+        "            wait_counter(params.peers, counters.arrived + at, kRowTile, Waiting::kRowsArrived);\n", "", FUSED),
+    "no proxy fence between counters and TMA loads": (
+        "roles/fused.cuh", "    ptx::fence_async();\n}\n\n// Tells", "}\n\n// Tells", FUSED),
+    "made before it is written": (
+        "roles/fused.cuh", "        ptx::tma_store_wait_all();\n        ptx::fence_async();\n", "", FUSED),
+    "movers are not told of the frontier": (
+        "roles/fused.cuh",
+        "    if ((threadIdx.x & 31) == 0 && pull >= 0) atomicMax(params.counters.frontier + pull, slot.expert);\n", "",
+        FUSED),
+    "the first unit of a row tile announces it": (
+        "roles/scatter.cuh", " + warpgroups != all) return;", " != 0) return;", PEERS),
+    "a unit's slot written before it was read": (
+        "roles/scheduler.cuh",
+        "    wait(&shared.unit_free[cursor.index], cursor.parity ^ 1, deadline, Waiting::kUnitSlotFree);\n", "",
+        "fused, 1 rank"),
+    "a stage handed back while products read it": (
+        "roles/math.cuh", "        ptx::wgmma_wait<1>();\n", "", MANY_ROWS),
+    "accumulators read before the last step": ("roles/math.cuh", "    ptx::wgmma_wait<0>();\n", "", MANY_ROWS),
+    "products before their operands": (
+        "roles/math.cuh",
+        "        wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);\n"
+        "        if (k_block", "        if (k_block", MANY_ROWS),
+    "a stage loaded before it is free": (
+        "roles/loader.cuh",
+        "        wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);\n", "",
+        MANY_ROWS),
+    "fewer bytes expected than come": (
+        "roles/loader.cuh", "ptx::mbarrier_expect(full, kStageBytes)",
+        "ptx::mbarrier_expect(full, kStageBytes - 8192)", MANY_ROWS),
+    "a stage handed back to the own loader only": (
+        "roles/shared.cuh", "if (lane < kClusterSize) ptx::mbarrier_arrive_cta(&shared.stage_free[stage], lane);",
+        "if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[stage], 2);", MANY_ROWS),
+    "results stored without a fence": (
+        "roles/output.cuh",
+        "    ptx::fence_async_shared();  // this thread's writes before the TMA unit's reads\n", "", MANY_ROWS),
+    "results written before there is place": (
+        "roles/output.cuh", "    wait(&shared.stage_full[place.index], place.parity, deadline, Waiting::kStageFull);\n",
+        "", MANY_ROWS),
+    "a place handed back while results leave it": (
+        "roles/output.cuh", "            ptx::tma_store_wait_read<1>();\n", "", MANY_ROWS),
+    "a matrix descriptor of another tile": (
+        "ptx/layout.cuh", "8192 >> 4", "4096 >> 4", MANY_ROWS),
     "one word for all announcements, a rank that runs ahead": (
         "layout/workspace.cuh", "constexpr int kReadySlots = 4;", "constexpr int kReadySlots = 1;", AHEAD),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Builds plan, dispatch, combine and travelling roles of csrc for the emulator: their source, CUDA syntax rewritten."""
+"""Builds all of csrc for the emulator: its source, CUDA syntax rewritten."""
 
 from __future__ import annotations
 
@@ -10,29 +10,9 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
-SOURCES = (
-    "kernels/plan.cu",
-    "kernels/dispatch.cu",
-    "kernels/combine.cu",
-    "kernels/copy.cu",
-    "kernels/routing.cu",
-    "kernels/forward.cu",
-    "kernels/backward.cu",
-    "kernels/grouped_gemm.cu",
-    "host/checks.cu",
-    "host/clamp.cu",
-    "host/comm.cu",
-    "host/fused.cu",
-    "host/grouped_gemm.cu",
-    "host/tensor_map.cpp",
-    "host/trace.cu",
-    "bindings.cpp",
-    "bindings_comm.cpp",
-    "bindings_fused.cpp",
-)
-OWN = "travel.cu"  # of this folder
-WITH_TORCH = ("bindings.cpp", "bindings_comm.cpp", "bindings_fused.cpp", OWN)
 EMULATOR = ("emulator.cpp", "copies.cpp", "matrix.cpp")
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-w", "-Wno-psabi", "-x", "c++")
+SMALLER = {"schedule/pulls.cuh": ("kPullLeadRows = 8192", "kPullLeadRows = 1")}  # so that small loads wait for it
 
 
 def rewritten(text: str) -> str:
@@ -48,47 +28,44 @@ def rewritten(text: str) -> str:
     return text.replace("(megamoe, CUDA, m)", "(megamoe, CPU, m)")
 
 
+def changed(path: Path, changes: dict[str, tuple[str, str]]) -> str:
+    text, name = path.read_text(), str(path.relative_to(CSRC))
+    if name in changes:
+        old, new = changes[name]
+        assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
+        text = text.replace(old, new)
+    return text
+
+
+def compile_one(source: Path, tree: Path, target: Path) -> None:
+    torch_headers = Path(torch.__file__).parent / "include"
+    include = [f"-I{HERE}", f"-I{tree}", f"-isystem{torch_headers}"]
+    include.append(f"-isystem{torch_headers / 'torch/csrc/api/include'}")
+    subprocess.run(["g++", *FLAGS, *include, "-MMD", "-c", source, "-o", target], check=True)
+
+
 def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None, base: Path | None = None) -> Path:
     """The operators as a library of CPU operators.
 
     changes: file -> (text, what replaces it), for mutation tests. base: folder of an earlier build without changes;
     its objects serve again where no changed file went in.
     """
-    tree = folder / "csrc"
     changes = changes or {}
-    for part in ("comm", "host", "kernels", "layout", "ptx", "roles", "schedule", "."):
-        (tree / part).mkdir(parents=True, exist_ok=True)
-        for path in (CSRC / part).glob("*.*"):
-            text, name = path.read_text(), str(path.relative_to(CSRC))
-            if name in changes:
-                old, new = changes[name]
-                assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
-                text = text.replace(old, new)
-            (tree / part / path.name).write_text(rewritten(text))
-    (tree / OWN).write_text(rewritten((HERE / OWN).read_text()))
-    include = Path(torch.__file__).parent / "include"
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-fno-strict-aliasing",
-        "-w",
-        "-Wno-psabi",
-        "-x",
-        "c++",
-        f"-I{HERE}",
-        f"-I{tree}",
-    ]
-    system = [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
+    tree = folder / "csrc"
+    sources = [HERE / name for name in EMULATOR]
+    for path in CSRC.rglob("*.*"):
+        copy = tree / path.relative_to(CSRC)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(rewritten(changed(path, {**SMALLER, **changes})))
+        if copy.suffix in (".cu", ".cpp"):
+            sources.append(copy)
     objects = []
-    for source in (*(HERE / name for name in EMULATOR), *(tree / name for name in (*SOURCES, OWN))):
+    for source in sources:
         name = f"{source.parent.name}_{source.stem}"
-        if base is not None and not any(f"/{changed}" in (base / f"{name}.d").read_text() for changed in changes):
-            objects.append(base / f"{name}.o")
-            continue
-        objects.append(folder / f"{name}.o")
-        torch_headers = system if source.name in WITH_TORCH else []
-        subprocess.run(["g++", *flags, *torch_headers, "-MMD", "-c", source, "-o", objects[-1]], check=True)
+        reused = base is not None and not any(f"/{file}" in (base / f"{name}.d").read_text() for file in changes)
+        objects.append((base if reused else folder) / f"{name}.o")
+        if not reused:
+            compile_one(source, tree, objects[-1])
     library = folder / "emulated.so"
     lib = Path(torch.__file__).parent / "lib"
     subprocess.run(

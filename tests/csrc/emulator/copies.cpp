@@ -213,4 +213,8 @@ void handed_over() {
     }
 }
 
+void handed_on() {
+    if (running->acquired) die("what was acquired is handed on without fence.proxy.async");
+}
+
 }  // namespace emulator

@@ -21,6 +21,7 @@ thread_local Fiber* running;
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr int kLongestStall = 1000, kLongestRun = 4000;  // rounds in which all threads of a cluster have their turn
 constexpr int kRoundsOfAPoll = 32;  // at most, from one nanosleep of a waiting thread to its next
 
 std::atomic<int> resident_clusters{2};  // per launch
@@ -81,6 +82,7 @@ void resume(Fiber& fiber, size_t index) {
 void set_up(Cluster& cluster, const Launch& launch, dim3 first, uint8_t* shared) {
     const unsigned threads = launch.block.x;
     cluster.random.seed(seed.fetch_add(1) * 0x9e3779b97f4a7c15ull);
+    cluster.next_stall = cluster.random() % kLongestRun;
     cluster.body = &launch.thread;
     cluster.ctas.resize(launch.cluster);
     cluster.barrier.live = static_cast<int>(launch.cluster * threads);
@@ -100,6 +102,19 @@ void set_up(Cluster& cluster, const Launch& launch, dim3 first, uint8_t* shared)
     }
 }
 
+// Now and then a warp gets no turn for a long time.
+void stall(Cluster& cluster) {
+    if (cluster.rounds < cluster.next_stall) return;
+    if (cluster.stalled == nullptr) {
+        Cta& cta = cluster.ctas[cluster.random() % cluster.ctas.size()];
+        cluster.stalled = &cta.warps[cluster.random() % cta.warps.size()];
+        cluster.next_stall = cluster.rounds + cluster.random() % kLongestStall;
+    } else {
+        cluster.stalled = nullptr;
+        cluster.next_stall = cluster.rounds + cluster.random() % kLongestRun;
+    }
+}
+
 // `first`: index of the cluster's first CTA.
 void run_cluster(const Launch& launch, dim3 first, uint8_t* shared, std::atomic<bool>& failed) {
     Cluster mine;
@@ -112,7 +127,9 @@ void run_cluster(const Launch& launch, dim3 first, uint8_t* shared, std::atomic<
         const size_t begin = mine.random() % all;
         for (size_t i = 0; i < all && !failed; ++i) {
             const size_t at = (begin + i) % all;
-            Fiber& fiber = mine.ctas[at / each].fibers[at % each];
+            Cta& cta = mine.ctas[at / each];
+            if (&cta.warps[at % each / 32] == mine.stalled) continue;
+            Fiber& fiber = cta.fibers[at % each];
             if (!fiber.done) resume(fiber, at);
         }
         // A thread polls another rank: leave it the processor.
@@ -123,6 +140,8 @@ void run_cluster(const Launch& launch, dim3 first, uint8_t* shared, std::atomic<
             ++progress;
         }
         mine.polled = false;
+        ++mine.rounds;
+        stall(mine);
         std::this_thread::yield();
     }
     for (const Cta& cta : mine.ctas) {

@@ -6,7 +6,7 @@
 // writes its target some time after. So do matrix instructions, which read shared memory then. So a missing wait shows
 // as wrong data. Memory order weaker than the host's is not modelled. Fences between the generic and the async proxy
 // are, by rules that end the process where they are broken:
-//   acquire (by this thread or one it met since)    fence.proxy.async by this thread   bulk load
+//   acquire (by this thread or one it met since)    fence.proxy.async by this thread   bulk load; a unit handed out
 //   bulk stores written, by any thread of the CTA   fence.proxy.async by that thread   release by the CTA
 //      (in a kernel of clusters: of the warp)                                             (of a counter)
 //   plain stores to shared memory, by the warp      fence.proxy.async by the writers   bulk store; arrival on an mbarrier
@@ -123,6 +123,7 @@ void wrote_shared();
 void fence_async();
 void fence_async_shared();
 void handed_over();
+void handed_on();
 [[noreturn]] void die(const char* why);
 
 struct Mbarrier {

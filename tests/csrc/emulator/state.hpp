@@ -97,6 +97,8 @@ struct Cluster {
     std::vector<Cta> ctas;
     Barrier barrier;
     std::mt19937_64 random;
+    uint64_t rounds = 0, next_stall = 0;
+    const Warp* stalled = nullptr;
     bool polled = false;
     const std::function<void()>* body = nullptr;
     std::atomic<bool>* failed = nullptr;

@@ -22,6 +22,7 @@ inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
     emulator::mbarrier(barrier).change(1, static_cast<int>(bytes));
 }
 inline void mbarrier_expect_cta(uint64_t* barrier, uint32_t cta, uint32_t bytes) {
+    emulator::handed_on();
     mbarrier_expect(static_cast<uint64_t*>(emulator::at_cta(barrier, cta)), bytes);
 }
 inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
