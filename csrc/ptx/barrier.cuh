@@ -41,9 +41,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, uint32_t coun
 // On the barrier of CTA `cta` of the cluster. Default semantics on purpose: the explicit form .release.cluster compiles
 // to a GPU-wide memory barrier (measured: fc1 at 500 instead of 700 TFLOP/s), and what these arrivals hand over are
 // reads that are complete (wgmma waited for, loads consumed), after which only TMA or st.async write.
-__device__ __forceinline__ void mbarrier_arrive_cta(uint64_t* barrier, uint32_t cta, uint32_t count = 1) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(map_to_cta(smem_address(barrier), cta)),
-                 "r"(count)
+__device__ __forceinline__ void mbarrier_arrive_cta(uint64_t* barrier, uint32_t cta) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_to_cta(smem_address(barrier), cta))
                  : "memory");
 }
 

@@ -23,14 +23,16 @@ __device__ __forceinline__ uint8_t* output_memory(SharedStorage& shared, OutputP
     return place.index == kSpare ? shared.spare : shared.ring[place.index];
 }
 
-// `count` warps of this CTA are done with the place. Only a stage of the ring concerns the peer's loader too.
+// `count` warps of this CTA are done with the place. Only a stage of the ring concerns the peer's loader too. Arrivals
+// there count one each: an idle warp of the peer may arrive for the next lap while ours are under way. It then takes
+// the place of one of them, which is as good, but a larger one would no longer fit.
 __device__ __forceinline__ void release_output(SharedStorage& shared, OutputPlace place, uint32_t count) {
-    const int lane = threadIdx.x & 31;
+    const uint32_t lane = threadIdx.x & 31;
     __syncwarp();  // as in release_stage
     if (place.index == kSpare) {
         if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[kSpare], count);
-    } else if (lane < kClusterSize) {
-        ptx::mbarrier_arrive_cta(&shared.stage_free[place.index], lane, count);
+    } else if (lane < kClusterSize * count) {
+        ptx::mbarrier_arrive_cta(&shared.stage_free[place.index], lane % kClusterSize);
     }
 }
 

@@ -67,9 +67,8 @@ void read_store(Store& store) {
     if (store.part.global != nullptr) {
         store.data.assign(from, from + store.part.bytes);
     } else {
-        each_unit(store.part, [&](const uint8_t* unit, uint8_t*) {
-            store.data.insert(store.data.end(), unit, unit + 16);
-        });
+        each_unit(store.part,
+                  [&](const uint8_t* unit, uint8_t*) { store.data.insert(store.data.end(), unit, unit + 16); });
     }
     store.read = true;
 }

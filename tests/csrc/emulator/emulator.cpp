@@ -22,7 +22,7 @@ namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr int kLongestStall = 1000, kLongestRun = 4000;  // rounds in which all threads of a cluster have their turn
-constexpr int kRoundsOfAPoll = 32;  // at most, from one nanosleep of a waiting thread to its next
+constexpr int kRoundsOfAPoll = 32;                       // at most, from one nanosleep of a waiting thread to its next
 
 std::atomic<int> resident_clusters{2};  // per launch
 std::atomic<int> chance{50};            // of a pending copy to make a step when a thread yields, in percent
@@ -315,7 +315,8 @@ void enqueue(cudaStream_t handle, std::function<void()> item) {
 
 void run_grid(const Launch& launch) {
     const auto [grid, block, cluster] = std::tuple(launch.grid, launch.block, launch.cluster);
-    if (grid.x * grid.y == 0 || block.x == 0 || block.x % 32 || grid.x % cluster || launch.shared_bytes > kSharedBytes) {
+    if (grid.x * grid.y == 0 || block.x == 0 || block.x % 32 || grid.x % cluster ||
+        launch.shared_bytes > kSharedBytes) {
         die("bad launch");
     }
     Stream& stream = stream_of(launch.stream);

@@ -9,7 +9,8 @@
 //   acquire (by this thread or one it met since)    fence.proxy.async by this thread   bulk load; a unit handed out
 //   bulk stores written, by any thread of the CTA   fence.proxy.async by that thread   release by the CTA
 //      (in a kernel of clusters: of the warp)                                             (of a counter)
-//   plain stores to shared memory, by the warp      fence.proxy.async by the writers   bulk store; arrival on an mbarrier
+//   plain stores to shared memory, by the warp      fence.proxy.async by the writers   bulk store; arrival on an
+//   mbarrier
 // and an mbarrier must not get more arrivals than its phase has.
 #pragma once
 #include <climits>

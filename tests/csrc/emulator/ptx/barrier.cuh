@@ -15,8 +15,8 @@ inline void mbarrier_arrive(uint64_t* barrier, uint32_t count = 1) {
     emulator::handed_over();
     emulator::mbarrier(barrier).change(static_cast<int>(count), 0);
 }
-inline void mbarrier_arrive_cta(uint64_t* barrier, uint32_t cta, uint32_t count = 1) {
-    mbarrier_arrive(static_cast<uint64_t*>(emulator::at_cta(barrier, cta)), count);
+inline void mbarrier_arrive_cta(uint64_t* barrier, uint32_t cta) {
+    mbarrier_arrive(static_cast<uint64_t*>(emulator::at_cta(barrier, cta)));
 }
 inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
     emulator::mbarrier(barrier).change(1, static_cast<int>(bytes));

@@ -19,9 +19,7 @@ inline void tma_load_3d_multicast(void* dst, const CUtensorMap* map, uint64_t* b
                                   uint16_t ctas, uint64_t) {
     emulator::load_box(dst, map, barrier, x, y, z, ctas);
 }
-inline void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y) {
-    emulator::store_box(map, src, x, y);
-}
+inline void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y) { emulator::store_box(map, src, x, y); }
 inline void tma_store_commit() { emulator::commit(); }
 template <int kPending>
 void tma_store_wait_read() {
