@@ -69,36 +69,58 @@ class VirtualRanks:
 
     def run(self, layer: Layer, *, backward: bool = True, late: int | None = None) -> dict[int, RankResult]:
         """Forward and backward of all ranks; `late` starts after the others."""
-        ranks, everyone = self.ranks, range(layer.case.load.ranks)
-        for workspace in ranks.workspaces:
-            workspace.high_water = max(layer.most_rows, ops.ROW_TILE)
-        options = {"clamp": layer.case.clamp, "num_sms": self.num_sms}
-        maps = [maps_of(layer, rank) for rank in everyone]
-        with ranks.workspaces[0].guard.watch():
-            ranks.synchronize()
-            plans = ranks.plan(layer.ids)
-            self._delay(late)
-            calls = ranks.each(lambda *a: ops_fused.ForwardCall(*a, **options), plans, layer.xs, layer.ps, maps)
-            results = [RankResult(call.y, call.h) for call in self._launch(calls)]
-            if backward:
-                self._backward(layer, plans, maps, results, options, late)
-            ranks.synchronize()
+        plans, results = self.forward(layer, late=late)
+        if backward:
+            self.backward(layer, plans, results, late=late)
         return dict(enumerate(results))
 
-    def _backward(self, layer: Layer, plans, maps, results: list[RankResult], options: dict, late: int | None) -> None:
+    def forward(self, layer: Layer, *, late: int | None = None, capacity: int = 0) -> tuple[list, list[RankResult]]:
+        """Plans and results of all ranks. capacity: rows of a fixed plan; 0: enough."""
+        ranks = self.ranks
+        for workspace in ranks.workspaces:
+            workspace.high_water = max(layer.most_rows, ops.ROW_TILE)
+        with ranks.workspaces[0].guard.watch():
+            ranks.synchronize()
+            plans = ranks.plan(layer.ids, "fixed" if capacity else "high_water", capacity)
+            self._delay(late)
+            maps = self._maps(layer)
+            calls = ranks.each(
+                lambda *a: ops_fused.ForwardCall(*a, **self._options(layer)), plans, layer.xs, layer.ps, maps
+            )
+            results = [RankResult(call.y, call.h) for call in self._launch(calls)]
+            ranks.synchronize()
+        return plans, results
+
+    def backward(
+        self, layer: Layer, plans, results: list[RankResult], *, late: int | None = None, add: bool = False,
+        wanted: tuple[bool, bool] = (True, True),
+    ) -> None:  # fmt: skip
+        """Fills in `results`. add: to the gradients they hold; else new ones. wanted: those of fc1 and of fc2."""
         for rank, result in enumerate(results):
-            result.dfc1, result.dfc2 = gradients(layer, rank)
-        tables = [[ops.GradientTable.of(kind) for kind in (result.dfc1, result.dfc2)] for result in results]
-        self.ranks.synchronize()
-        self._delay(late)
-        calls = self.ranks.each(
-            lambda plan, dy, x, h, p, maps, tables: ops_fused.BackwardCall(
-                plan, dy, x, h, p, maps, *tables, accumulate1=False, accumulate2=False, **options
-            ),
-            plans, layer.dys, layer.xs, [result.h for result in results], layer.ps, maps, tables,
-        )  # fmt: skip
-        for result, call in zip(results, self._launch(calls), strict=True):
-            result.dx, result.dweights = call.dx, call.dweights
+            if not add:
+                result.dfc1, result.dfc2 = gradients(layer, rank)
+        tables = [
+            [ops.GradientTable.of(kind) if is_wanted else None for kind, is_wanted in zip(both, wanted, strict=True)]
+            for both in ((result.dfc1, result.dfc2) for result in results)
+        ]
+        with self.ranks.workspaces[0].guard.watch():
+            self.ranks.synchronize()
+            self._delay(late)
+            calls = self.ranks.each(
+                lambda plan, dy, x, h, p, maps, tables: ops_fused.BackwardCall(
+                    plan, dy, x, h, p, maps, *tables, accumulate1=add, accumulate2=add, **self._options(layer)
+                ),
+                plans, layer.dys, layer.xs, [result.h for result in results], layer.ps, self._maps(layer), tables,
+            )  # fmt: skip
+            for result, call in zip(results, self._launch(calls), strict=True):
+                result.dx, result.dweights = call.dx, call.dweights
+            self.ranks.synchronize()
+
+    def _options(self, layer: Layer) -> dict:
+        return {"clamp": layer.case.clamp, "num_sms": self.num_sms}
+
+    def _maps(self, layer: Layer) -> list[ops_fused.WeightMaps]:
+        return [maps_of(layer, rank) for rank in range(layer.case.load.ranks)]
 
     def _launch(self, calls: list) -> list:
         self.ranks.each(lambda call: call.begin(), calls)

@@ -1,9 +1,10 @@
-"""Builds all of csrc for the emulator: its source, CUDA syntax rewritten."""
+"""Builds all of csrc for the emulator, its CUDA syntax rewritten: `python -m tests.csrc.emulator.build FOLDER`."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -72,3 +73,7 @@ def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None, base:
         ["g++", "-shared", "-o", library, *objects, f"-L{lib}", "-ltorch_cpu", "-lc10", "-lpthread"], check=True
     )
     return library
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

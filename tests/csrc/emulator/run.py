@@ -6,6 +6,7 @@ The library defines the operators that the CUDA extension defines elsewhere: bot
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import os
 import sys
@@ -116,15 +117,45 @@ def dispatches_back_to_back() -> None:
         data[0].check_rows(pool)
 
 
-def fused(case: Case, num_sms: int, **options) -> None:
+def fused(case: Case, num_sms: int) -> None:
     """The fused kernels against fp64, twice, each time with another rank late: the same bits."""
     layer = Layer(case, device="cpu")
     found = []
     for late in range(2):
         ranks = VirtualRanks(layer, num_sms, EmulatedRanks(case.load, case.hidden))
-        found.append(ranks.run(layer, late=late % case.load.ranks, **options))
+        found.append(ranks.run(layer, late=late % case.load.ranks))
         assert_layer(layer, found[-1])
     assert_same_bits(layer, *found)
+
+
+def fused_gradients() -> None:
+    """Gradients are written, then added to; those that nobody wants change nothing else."""
+    layer = Layer(Case(Load("zipf", (70, 41), 3, 8), 512, 256), device="cpu")
+    ranks = VirtualRanks(layer, 4, EmulatedRanks(layer.case.load, layer.case.hidden))
+    plans_now, results = ranks.forward(layer, late=1)
+    ranks.backward(layer, plans_now, results)
+    assert_layer(layer, dict(enumerate(results)))
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        before = [copy.deepcopy(result) for result in results]
+        ranks.backward(layer, plans_now, results, late=0, add=True, wanted=wanted)
+        for now, then in zip(results, before, strict=True):
+            assert torch.equal(now.dx, then.dx) and torch.equal(now.dweights, then.dweights)
+            for name, is_wanted in zip(("dfc1", "dfc2"), wanted, strict=True):
+                for got, had in zip(getattr(now, name), getattr(then, name), strict=True):
+                    assert torch.equal(got, had) != (is_wanted and had.any().item()), f"{name}, wanted: {wanted}"
+            if wanted == (True, True):
+                assert all(torch.equal(got, 2 * had) for got, had in zip(now.dfc1, then.dfc1, strict=True))
+
+
+def fused_overflow() -> None:
+    """Every rank gives the staged rows back unread and writes nothing; the next pass works."""
+    layer = Layer(Case(Load("hot_rank", (40, 9), 2, 8), 256, 128), device="cpu")
+    ranks = VirtualRanks(layer, 2, EmulatedRanks(layer.case.load, layer.case.hidden))
+    plans_now, results = ranks.forward(layer, capacity=layer.most_rows - ops.ROW_TILE)
+    assert all(result.y.isnan().all() and result.h.isnan().all() for result in results)
+    for plan in plans_now:
+        ops_plan.grow(plan)
+    assert_layer(layer, ranks.run(layer, late=1))
 
 
 def products() -> None:
@@ -190,6 +221,8 @@ CASES = {
     "fused, 1 rank, many rows": lambda: fused(Case(Load("uniform", (330,), 1, 1), 256, 256, 10.0), 4),
     "fused, 2 ranks": lambda: fused(Case(Load("zipf", (40, 61), 3, 16), 512, 384, 1.0, 3.0), 4),
     "fused, 4 ranks": lambda: fused(Case(Load("some_dropped", (7, 0, 31, 20), 4, 16), 768, 128, 2.0, 2.0), 2),
+    "fused, gradients added or not wanted": fused_gradients,
+    "fused, overflow": fused_overflow,
     "products": products,
     "overflow": overflow,
     "bad ids": bad_ids,
