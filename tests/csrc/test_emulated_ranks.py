@@ -17,7 +17,7 @@ import pytest
 
 from tests import distributed
 
-from .emulator import build, run
+from .emulator import build, ranks, run
 
 TIMEOUT_S = 240  # of two cores that others use as well
 MUTATION_DEADLINE_S = 5.0
@@ -132,7 +132,7 @@ def library(tmp_path_factory) -> Path:
     return build.build(tmp_path_factory.mktemp("emulated"))
 
 
-def start(library: Path, seed: int, names: list[str], log: Path, deadline_s: float = run.DEADLINE_S):
+def start(library: Path, seed: int, names: list[str], log: Path, deadline_s: float = ranks.DEADLINE_S):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*distributed.PRELOAD, run.__name__])
     process = context.Process(target=_child, args=(str(library), seed, names, str(log), deadline_s))

@@ -58,4 +58,4 @@ def assert_same(one: Leaves, other: Leaves, *, only_present: bool = False) -> No
 
 
 def buffers_of(leaves: Leaves, fill: float) -> dict[int, Tensor]:
-    return {id(w): torch.full(w.shape, fill, device="cuda") for w in [*leaves.fc1, *leaves.fc2]}
+    return {id(w): torch.full(w.shape, fill, device=w.device) for w in [*leaves.fc1, *leaves.fc2]}

@@ -1,0 +1,104 @@
+"""The fused passes, as operators and through autograd, and the six products alone, against fp64."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from megamoe_train import ops, ops_plan
+from tests.gpu.fused_run import VirtualRanks, assert_same_bits
+from tests.gpu.gemm_case import Case as GemmCase
+from tests.gpu.gemm_case import assert_products, assert_wgrad
+from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
+from tests.gpu.leaves import Leaves, MainGrads, assert_same, buffers_of
+from tests.gpu.virtual import Load
+
+from .ranks import EmulatedRanks, at_once
+
+
+def fused(case: Case, num_sms: int) -> None:
+    """The fused kernels against fp64, twice, each time with another rank late: the same bits."""
+    layer = Layer(case, device="cpu")
+    found = []
+    for late in range(2):
+        ranks = VirtualRanks(layer, num_sms, EmulatedRanks(case.load, case.hidden))
+        found.append(ranks.run(layer, late=late % case.load.ranks))
+        assert_layer(layer, found[-1])
+    assert_same_bits(layer, *found)
+
+
+def fused_gradients() -> None:
+    """Gradients are written, then added to; those that nobody wants change nothing else."""
+    layer = Layer(Case(Load("zipf", (70, 41), 3, 8), 512, 256), device="cpu")
+    ranks = VirtualRanks(layer, 4, EmulatedRanks(layer.case.load, layer.case.hidden))
+    plans_now, results = ranks.forward(layer, late=1)
+    ranks.backward(layer, plans_now, results)
+    assert_layer(layer, dict(enumerate(results)))
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        before = [copy.deepcopy(result) for result in results]
+        ranks.backward(layer, plans_now, results, late=0, add=True, wanted=wanted)
+        for now, then in zip(results, before, strict=True):
+            assert torch.equal(now.dx, then.dx) and torch.equal(now.dweights, then.dweights)
+            for name, is_wanted in zip(("dfc1", "dfc2"), wanted, strict=True):
+                for got, had in zip(getattr(now, name), getattr(then, name), strict=True):
+                    assert torch.equal(got, had) != (is_wanted and had.any().item()), f"{name}, wanted: {wanted}"
+            if wanted == (True, True):
+                assert all(torch.equal(got, 2 * had) for got, had in zip(now.dfc1, then.dfc1, strict=True))
+
+
+def fused_overflow() -> None:
+    """Every rank gives the staged rows back unread and writes nothing; the next pass works."""
+    layer = Layer(Case(Load("hot_rank", (40, 9), 2, 8), 256, 128), device="cpu")
+    ranks = VirtualRanks(layer, 2, EmulatedRanks(layer.case.load, layer.case.hidden))
+    plans_now, results = ranks.forward(layer, capacity=layer.most_rows - ops.ROW_TILE)
+    assert all(result.y.isnan().all() and result.h.isnan().all() for result in results)
+    for plan in plans_now:
+        ops_plan.grow(plan)
+    assert_layer(layer, ranks.run(layer, late=1))
+
+
+def products() -> None:
+    """The six products, each alone in a launch, and wgrads whose rows end in half a pair of row tiles."""
+    shape = {"hidden": 512, "inter": 384, "clamp": 1.0, "scale": 2.0, "num_sms": 4, "device": "cpu"}
+    with at_once():
+        for accumulate in (True, False):
+            assert_products(GemmCase([70, 0, 200], seed=int(accumulate), **shape), accumulate)
+        for out in (64, 384):
+            assert_wgrad(GemmCase([70, 0, 200], **shape), out)
+
+
+def through_autograd() -> None:
+    """`moe` of one rank: gradients by a sink and by autograd, h computed again, frozen inputs, two in flight."""
+    layer = Layer(Case(Load("some_dropped", (90,), 3, 8), 512, 256, 1.0, 2.0), device="cpu")
+    with at_once():
+        options = {"workspace": EmulatedRanks(layer.case.load, layer.case.hidden).workspaces[0]}
+        leaves = Leaves(layer)
+        buffers = buffers_of(leaves, 0.0)
+        leaves.run(wgrad_sink=MainGrads(buffers), **options)
+        dfc1, dfc2 = ([buffers[id(weight)] for weight in kind] for kind in (leaves.fc1, leaves.fc2))
+        assert_layer(layer, {0: RankResult(leaves.y.detach(), None, leaves.x.grad, leaves.p.grad, dfc1, dfc2)})
+        whole = Leaves(layer).run(**options)
+        for weight, exact in zip([*whole.fc1, *whole.fc2], [*dfc1, *dfc2], strict=True):
+            assert torch.equal(weight.grad, exact.bfloat16())
+        assert_same(whole, Leaves(layer).run(recompute="fc1", **options))
+        for frozen in (("x",), ("fc1", "fc2"), ("x", "p", "fc2")):
+            assert_same(whole, Leaves(layer, frozen).run(**options), only_present=True)
+        in_flight = [Leaves(layer), Leaves(layer)]
+        for one in in_flight:
+            one.y = one.forward(**options)
+        for one in in_flight:
+            one.y.backward(one.dy)
+            assert_same(whole, one)
+
+
+CASES = {
+    "fused, 1 rank": lambda: fused(Case(Load("zipf", (150,), 16, 40), 256, 128), 6),
+    "fused, 1 rank, many rows": lambda: fused(Case(Load("uniform", (330,), 1, 1), 256, 256, 10.0), 4),
+    "fused, 2 ranks": lambda: fused(Case(Load("zipf", (40, 61), 3, 16), 512, 384, 1.0, 3.0), 4),
+    "fused, 4 ranks": lambda: fused(Case(Load("some_dropped", (7, 0, 31, 20), 4, 16), 768, 128, 2.0, 2.0), 2),
+    "fused, gradients added or not wanted": fused_gradients,
+    "fused, overflow": fused_overflow,
+    "moe through autograd": through_autograd,
+    "products": products,
+}
