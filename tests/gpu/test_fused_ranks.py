@@ -7,10 +7,10 @@ import torch.distributed as dist
 from megamoe_train import MegaMoE, MegaMoEConfig, Workspace, WorkspaceShape
 from megamoe_train.bench import ranks as processes
 from megamoe_train.functional import moe
-from tests.gpu.fused_run import DELAY, shape_of
+from tests.gpu.fused_run import shape_of
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
 from tests.gpu.leaves import Leaves, MainGrads
-from tests.gpu.virtual import Load
+from tests.gpu.virtual import DELAY, Load
 from tests.workloads import ROUTINGS
 
 pytestmark = [

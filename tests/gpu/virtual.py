@@ -17,6 +17,9 @@ from megamoe_train.workspace import Shape, Workspace
 from tests.workloads import route
 
 
+DELAY = 20_000_000  # cycles, ~10 ms
+
+
 @dataclass(frozen=True)
 class Load:
     """One routing: what it looks like, tokens of each rank, K, E."""
@@ -57,7 +60,7 @@ class Ranks:
     def delay(self, rank: int) -> None:
         """What this rank is given next starts late."""
         with self.on(rank):
-            torch.cuda._sleep(20_000_000)
+            torch.cuda._sleep(DELAY)
 
     def on(self, rank: int):
         return torch.cuda.stream(self.streams[rank]) if self.streams else contextlib.nullcontext()
