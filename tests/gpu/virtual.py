@@ -16,7 +16,6 @@ from megamoe_train.plan import RoutingPlan, decode_source, plans_of
 from megamoe_train.workspace import Shape, Workspace
 from tests.workloads import route
 
-
 DELAY = 20_000_000  # cycles, ~10 ms
 
 
