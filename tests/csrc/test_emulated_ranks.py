@@ -22,7 +22,7 @@ from .emulator import build, ranks, run
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64",
-    reason="the emulator keeps shared memory below 2 GB, which Linux grants on x86-64 only",
+    reason="the emulator asks Linux for memory below 2 GB",
 )
 TIMEOUT_S = 240  # of two cores that others use as well
 MUTATION_DEADLINE_S = 5.0
