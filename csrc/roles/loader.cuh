@@ -8,25 +8,36 @@ namespace megamoe {
 
 constexpr uint16_t kBothCtas = 3;
 
+// A box of a K-major operand, to this CTA or to both.
+__device__ __forceinline__ void load_rows(void* dst, const CUtensorMap* map, uint64_t* full, int column, int row,
+                                          bool multicast) {
+    if (multicast) {
+        ptx::tma_load_2d_multicast(dst, map, full, column, row, kBothCtas, ptx::kEvictNormal);
+    } else {
+        ptx::tma_load_2d(dst, map, full, column, row, ptx::kEvictNormal);
+    }
+}
+
+// Of an MN-major one: blocks of 64 columns.
+__device__ __forceinline__ void load_blocks(void* dst, const CUtensorMap* map, uint64_t* full, int row, int block,
+                                            bool multicast) {
+    if (multicast) {
+        ptx::tma_load_3d_multicast(dst, map, full, 0, row, block, kBothCtas, ptx::kEvictNormal);
+    } else {
+        ptx::tma_load_3d(dst, map, full, 0, row, block, ptx::kEvictNormal);
+    }
+}
+
 // Left operand, half `half` (64 rows) of the stage's 128 rows.
 template <Gemm kGemm>
 __device__ __forceinline__ void load_a(const GemmParams& params, const UnitSlot& unit, uint8_t* stage, uint64_t* full,
                                        int m_tile, int k_block, int half, bool multicast) {
     uint8_t* dst = stage + half * (kBytesA / 2);
     if constexpr (GemmTraits<kGemm>::kIsWgrad) {
-        const int row = unit.row_begin + k_block * kBlockK, block = m_tile * 2 + half;
-        if (multicast) {
-            ptx::tma_load_3d_multicast(dst, &params.a, full, 0, row, block, kBothCtas, ptx::kEvictNormal);
-        } else {
-            ptx::tma_load_3d(dst, &params.a, full, 0, row, block, ptx::kEvictNormal);
-        }
+        load_blocks(dst, &params.a, full, unit.row_begin + k_block * kBlockK, m_tile * 2 + half, multicast);
     } else {
         const int row = unit.row_begin + m_tile * kTileM + half * 64;
-        if (multicast) {
-            ptx::tma_load_2d_multicast(dst, &params.a, full, k_block * kBlockK, row, kBothCtas, ptx::kEvictNormal);
-        } else {
-            ptx::tma_load_2d(dst, &params.a, full, k_block * kBlockK, row, ptx::kEvictNormal);
-        }
+        load_rows(dst, &params.a, full, k_block * kBlockK, row, multicast);
     }
 }
 
@@ -38,20 +49,11 @@ __device__ __forceinline__ void load_b(const GemmParams& params, const CUtensorM
     uint8_t* dst = stage + kBytesA + half * (kBytesB / 2);
     if constexpr (GemmTraits<kGemm>::kMajorB == ptx::Major::K) {
         const int row = kGemm == Gemm::kFc1 ? half * params.n_extent + n_tile * 128 : n_tile * kTileN + half * 128;
-        if (multicast) {
-            ptx::tma_load_2d_multicast(dst, weights, full, k_block * kBlockK, row, kBothCtas, ptx::kEvictNormal);
-        } else {
-            ptx::tma_load_2d(dst, weights, full, k_block * kBlockK, row, ptx::kEvictNormal);
-        }
+        load_rows(dst, weights, full, k_block * kBlockK, row, multicast);
     } else {
         const CUtensorMap* map = GemmTraits<kGemm>::kIsWgrad ? &params.b : weights;
         const int row = (GemmTraits<kGemm>::kIsWgrad ? unit.row_begin : 0) + k_block * kBlockK;
-        const int block = n_tile * (kTileN / 64) + half * 2;
-        if (multicast) {
-            ptx::tma_load_3d_multicast(dst, map, full, 0, row, block, kBothCtas, ptx::kEvictNormal);
-        } else {
-            ptx::tma_load_3d(dst, map, full, 0, row, block, ptx::kEvictNormal);
-        }
+        load_blocks(dst, map, full, row, n_tile * (kTileN / 64) + half * 2, multicast);
     }
 }
 
