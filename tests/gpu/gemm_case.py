@@ -155,10 +155,9 @@ def assert_products(case: Case, accumulate: bool) -> None:
         assert torch.equal(got["a"], got["a2"]), "the recomputed a differs from forward's"
 
 
-def assert_wgrad(case: Case, out: int) -> None:
-    """A gradient [out, H] of every expert, added to ones."""
-    gradients = [torch.ones(out, case.hidden, device=case.device) for _ in case.rows]
-    dout = torch.randn(case.pool_rows, out, device=case.device).bfloat16() * (case.x[:, :1] != 0)
+def assert_wgrad(case: Case, gradients: list[Tensor]) -> None:
+    """gradients: of every expert, [out, H] fp32 of ones, which is added to."""
+    dout = torch.randn(case.pool_rows, len(gradients[0]), device=case.device).bfloat16() * (case.x[:, :1] != 0)
     ops.wgrad(dout, case.x, ops.GradientTable.of(gradients), case.groups)
     for gradient, (begin, rows) in zip(gradients, case.segments(), strict=True):
         part = slice(begin, begin + rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megamoe_train.functional import moe
-from tests.gpu.layer_case import Layer
+from tests.gpu.layer_case import Layer, RankResult, assert_layer
 
 
 class MainGrads:
@@ -59,3 +59,15 @@ def assert_same(one: Leaves, other: Leaves, *, only_present: bool = False) -> No
 
 def buffers_of(leaves: Leaves, fill: float) -> dict[int, Tensor]:
     return {id(w): torch.full(w.shape, fill, device=w.device) for w in [*leaves.fc1, *leaves.fc2]}
+
+
+def assert_through_autograd(layer: Layer, *, recompute: str | None = None, **options) -> None:
+    """fp32 gradients by a sink against fp64; those that autograd returns are these, rounded."""
+    leaves = Leaves(layer)
+    buffers = buffers_of(leaves, 0.0)
+    leaves.run(wgrad_sink=MainGrads(buffers), recompute=recompute, **options)
+    dfc1, dfc2 = ([buffers[id(w)] for w in kind] for kind in (leaves.fc1, leaves.fc2))
+    assert_layer(layer, {0: RankResult(leaves.y.detach(), None, leaves.x.grad, leaves.p.grad, dfc1, dfc2)})
+    returned = Leaves(layer).run(**options)
+    for weight, exact in zip([*returned.fc1, *returned.fc2], [*dfc1, *dfc2], strict=True):
+        assert torch.equal(weight.grad, exact.bfloat16())

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megamoe_train import Workspace, WorkspaceShape, backends
 from megamoe_train.functional import moe
-from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
-from tests.gpu.leaves import Leaves, MainGrads, assert_same, buffers_of
+from tests.gpu.layer_case import Case, Layer
+from tests.gpu.leaves import Leaves, MainGrads, assert_same, assert_through_autograd, buffers_of
 from tests.gpu.virtual import Load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
@@ -33,17 +33,7 @@ def test_auto_is_fused_here():
 
 @pytest.mark.parametrize("recompute", [None, "fc1"])
 def test_against_fp64_through_autograd(poisoned, recompute):
-    """fp32 gradients by a sink; those that autograd returns are these, rounded."""
-    layer = Layer(CASE)
-    leaves = Leaves(layer)
-    buffers = buffers_of(leaves, 0.0)
-    leaves.run(wgrad_sink=MainGrads(buffers), recompute=recompute)
-    dfc1, dfc2 = ([buffers[id(w)] for w in kind] for kind in (leaves.fc1, leaves.fc2))
-    result = RankResult(leaves.y.detach(), None, leaves.x.grad, leaves.p.grad, dfc1, dfc2)
-    assert_layer(layer, {0: result})
-    returned = Leaves(layer).run()
-    for weight, exact in zip([*returned.fc1, *returned.fc2], [*dfc1, *dfc2], strict=True):
-        assert torch.equal(weight.grad, exact.bfloat16())
+    assert_through_autograd(Layer(CASE), recompute=recompute)
 
 
 def test_recompute_gives_the_same_bits(poisoned):

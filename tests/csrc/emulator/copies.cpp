@@ -1,4 +1,6 @@
 // Bulk copies and boxes of tensor maps: they happen later, at random moments and in random order.
+#include <algorithm>
+
 #include "state.hpp"
 
 namespace emulator {
@@ -17,8 +19,8 @@ void each_unit(const Part& part, Visit&& visit) {
             const uint64_t at[3] = {0, static_cast<uint64_t>(part.at[1]) + y, static_cast<uint64_t>(part.at[2]) + z};
             for (int unit = 0; unit < kRowBytes / 16; ++unit) {
                 const uint64_t x = static_cast<uint64_t>(part.at[0]) + static_cast<uint64_t>(unit * width / 8);
-                uint64_t address = reinterpret_cast<uint64_t>(part.shared) + static_cast<uint64_t>(row * kRowBytes);
-                address = (address + static_cast<uint64_t>(unit) * 16) ^ (address >> 7 & 7) << 4;
+                const auto offset = static_cast<uint64_t>(row * kRowBytes + unit * 16);
+                const uint64_t address = swizzled(reinterpret_cast<uint64_t>(part.shared) + offset);
                 const bool inside = x < map.size[0] && at[1] < map.size[1] && at[2] < map.size[2];
                 uint8_t* global = map.base + x * map.element + at[1] * map.pitch[0] + at[2] * map.pitch[1];
                 visit(reinterpret_cast<uint8_t*>(address), inside ? global : nullptr);
@@ -92,11 +94,14 @@ void push_load(const Part& part, uint64_t* barrier, unsigned ctas) {
     cta().loads.push_back({part, barrier, ctas, cta().ticks + slow});
 }
 
-void push_store(const Part& part) {
+// What the warp stored plainly has been fenced.
+void require_fenced(const char* otherwise) {
     const Fiber* warp = warp_begin();
-    for (int i = 0; i < 32; ++i) {
-        if (warp[i].wrote_shared) die("a bulk store follows plain stores to shared memory without a fence");
-    }
+    if (std::any_of(warp, warp + 32, [](const Fiber& fiber) { return fiber.wrote_shared; })) die(otherwise);
+}
+
+void push_store(const Part& part) {
+    require_fenced("a bulk store follows plain stores to shared memory without a fence");
     running->stores.push_back({part, {}, running->group, false});
 }
 
@@ -205,14 +210,9 @@ void released(bool counter) {
     }
 }
 
-void handed_over() {
-    const Fiber* warp = warp_begin();
-    for (int i = 0; i < 32; ++i) {
-        if (warp[i].wrote_shared) die("plain stores to shared memory are handed over without fence.proxy.async");
-    }
-}
+void arriving() { require_fenced("plain stores to shared memory are handed over without fence.proxy.async"); }
 
-void handed_on() {
+void handing_out() {
     if (running->acquired) die("what was acquired is handed on without fence.proxy.async");
 }
 

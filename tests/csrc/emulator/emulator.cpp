@@ -270,7 +270,6 @@ uint64_t collective(Collective what, unsigned mask, uint64_t value, int argument
     if (warp.arrived == 0) warp.what = what;
     if (warp.what != what) die("the threads of a warp met in different collectives");
     warp.in[lane] = value;
-    warp.argument[lane] = argument;
     const unsigned mine = warp.generation;
     if (++warp.arrived == 32) {
         share_acquired(warp_begin(), warp_begin() + 32);

@@ -9,8 +9,7 @@
 //   acquire (by this thread or one it met since)    fence.proxy.async by this thread   bulk load; a unit handed out
 //   bulk stores written, by any thread of the CTA   fence.proxy.async by that thread   release by the CTA
 //      (in a kernel of clusters: of the warp)                                             (of a counter)
-//   plain stores to shared memory, by the warp      fence.proxy.async by the writers   bulk store; arrival on an
-//   mbarrier
+//   plain stores to shared memory, by the warp      fence.proxy.async by the writers   bulk store; an arrival
 // and an mbarrier must not get more arrivals than its phase has.
 #pragma once
 #include <climits>
@@ -30,7 +29,7 @@
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)  // build.py tells the launch
 #define __align__(n)
-#define __shared__ static thread_local  // a CTA is an operating-system thread
+#define __shared__ static thread_local  // one CTA a thread; kernels of clusters have no such variables
 
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
@@ -123,8 +122,8 @@ void released(bool counter = false);
 void wrote_shared();
 void fence_async();
 void fence_async_shared();
-void handed_over();
-void handed_on();
+void arriving();
+void handing_out();
 [[noreturn]] void die(const char* why);
 
 struct Mbarrier {

@@ -11,21 +11,25 @@ from tests.gpu.fused_run import VirtualRanks, assert_same_bits
 from tests.gpu.gemm_case import Case as GemmCase
 from tests.gpu.gemm_case import assert_products, assert_wgrad
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
-from tests.gpu.leaves import Leaves, MainGrads, assert_same, buffers_of
+from tests.gpu.leaves import Leaves, assert_same, assert_through_autograd
 from tests.gpu.virtual import Load
 
 from .ranks import EmulatedRanks, at_once
 
 
-def fused(case: Case, num_sms: int) -> None:
-    """The fused kernels against fp64, twice, each time with another rank late: the same bits."""
+def run_twice(case: Case, num_sms: int, late: tuple[int, int]) -> tuple[Layer, dict[int, RankResult]]:
+    """The fused kernels of all ranks, each time with another rank late: the same bits."""
     layer = Layer(case, device="cpu")
-    found = []
-    for late in range(2):
-        ranks = VirtualRanks(layer, num_sms, EmulatedRanks(case.load, case.hidden))
-        found.append(ranks.run(layer, late=late % case.load.ranks))
-        assert_layer(layer, found[-1])
-    assert_same_bits(layer, *found)
+    first, second = (
+        VirtualRanks(layer, num_sms, EmulatedRanks(case.load, case.hidden)).run(layer, late=rank) for rank in late
+    )
+    assert_same_bits(layer, first, second)
+    return layer, first
+
+
+def fused(case: Case, num_sms: int) -> None:
+    """Against fp64; the second run has the same bits."""
+    assert_layer(*run_twice(case, num_sms, late=(0, 1 % case.load.ranks)))
 
 
 def fused_gradients() -> None:
@@ -65,7 +69,7 @@ def products() -> None:
         for accumulate in (True, False):
             assert_products(GemmCase([70, 0, 200], seed=int(accumulate), **shape), accumulate)
         for out in (64, 384):
-            assert_wgrad(GemmCase([70, 0, 200], **shape), out)
+            assert_wgrad(GemmCase([70, 0, 200], **shape), list(torch.ones(3, out, shape["hidden"])))
 
 
 def through_autograd() -> None:
@@ -73,14 +77,8 @@ def through_autograd() -> None:
     layer = Layer(Case(Load("some_dropped", (90,), 3, 8), 512, 256, 1.0, 2.0), device="cpu")
     with at_once():
         options = {"workspace": EmulatedRanks(layer.case.load, layer.case.hidden).workspaces[0]}
-        leaves = Leaves(layer)
-        buffers = buffers_of(leaves, 0.0)
-        leaves.run(wgrad_sink=MainGrads(buffers), **options)
-        dfc1, dfc2 = ([buffers[id(weight)] for weight in kind] for kind in (leaves.fc1, leaves.fc2))
-        assert_layer(layer, {0: RankResult(leaves.y.detach(), None, leaves.x.grad, leaves.p.grad, dfc1, dfc2)})
+        assert_through_autograd(layer, **options)
         whole = Leaves(layer).run(**options)
-        for weight, exact in zip([*whole.fc1, *whole.fc2], [*dfc1, *dfc2], strict=True):
-            assert torch.equal(weight.grad, exact.bfloat16())
         assert_same(whole, Leaves(layer).run(recompute="fc1", **options))
         for frozen in (("x",), ("fc1", "fc2"), ("x", "p", "fc2")):
             assert_same(whole, Leaves(layer, frozen).run(**options), only_present=True)

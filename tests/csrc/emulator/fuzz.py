@@ -10,12 +10,12 @@ import time
 
 import torch
 
-from tests.gpu.fused_run import VirtualRanks, assert_same_bits
-from tests.gpu.layer_case import Case, Layer, compare, worst_of
+from tests.gpu.layer_case import Case, compare, worst_of
 from tests.gpu.virtual import Load
 from tests.workloads import ROUTINGS
 
 from . import ranks
+from .fused_cases import run_twice
 
 MOST_SLOTS = 500  # of all ranks: what two cores do in a few seconds
 FEWEST_WEIGHTS = 32
@@ -34,14 +34,10 @@ def random_case(pick: random.Random) -> Case:
 
 def check(case: Case, num_sms: int) -> None:
     """By the 2x rule, and the same bits whoever is late."""
-    layer, found = Layer(case, device="cpu"), []
-    for late in (0, case.load.ranks - 1):
-        virtual = VirtualRanks(layer, num_sms, ranks.EmulatedRanks(case.load, case.hidden))
-        found.append(virtual.run(layer, late=late))
-    assert_same_bits(layer, *found)
+    layer, found = run_twice(case, num_sms, late=(0, case.load.ranks - 1))
     # All ranks' dp together, and not few: the plain computation may have hit those by chance.
-    dweights = torch.cat([result.dweights for result in found[0].values()])
-    parts = [part for part in worst_of(layer, found[0]) if part.name != "dweights"]
+    dweights = torch.cat([result.dweights for result in found.values()])
+    parts = [part for part in worst_of(layer, found) if part.name != "dweights"]
     if dweights.numel() >= FEWEST_WEIGHTS:
         parts.append(compare("dweights", "all ranks", dweights, layer.plain.dweights, layer.exact.dweights))
     wrong = [str(part) for part in parts if not part.used <= 1]

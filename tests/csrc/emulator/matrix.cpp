@@ -21,9 +21,8 @@ public:
         const auto row = static_cast<uint64_t>(mn_ ? k : mn), column = static_cast<uint64_t>(mn_ ? mn : k);
         uint64_t address = start_ + row / 8 * stride_ + row % 8 * 128 + column % 64 * 2;
         if (mn_) address += column / 64 * leading_;
-        address ^= (address >> 7 & 7) << 4;
         uint16_t bits;
-        std::memcpy(&bits, reinterpret_cast<const void*>(address), 2);
+        std::memcpy(&bits, reinterpret_cast<const void*>(swizzled(address)), 2);
         return __uint_as_float(uint32_t{bits} << 16);
     }
 

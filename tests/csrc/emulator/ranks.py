@@ -22,7 +22,7 @@ class EmulatedRanks(Ranks):
     """Ranks on the CPU, every rank on its own stream. Tensors are kept: no allocator here knows of streams."""
 
     device = "cpu"
-    library: ctypes.CDLL
+    runtime: ctypes.CDLL
     deadline_s = DEADLINE_S
     current = 1
     count = 0
@@ -36,19 +36,16 @@ class EmulatedRanks(Ranks):
         return EmulatedRanks.count
 
     def synchronize(self) -> None:
-        failed = self.library.emulator_synchronize()
+        failed = self.runtime.emulator_synchronize()
         for workspace in self.workspaces:
             workspace.guard.check()
         assert not failed, "a kernel trapped and left no record"
 
     def delay(self, rank: int) -> None:
-        self.library.emulator_hold(ctypes.c_uint64(self.streams[rank]), QUIET_MS)
+        self.runtime.emulator_hold(ctypes.c_uint64(self.streams[rank]), QUIET_MS)
 
-    @contextlib.contextmanager
     def on(self, rank: int):
-        before, EmulatedRanks.current = EmulatedRanks.current, self.streams[rank]
-        yield
-        EmulatedRanks.current = before
+        return on_stream(self.streams[rank])
 
     def each(self, call, *lists) -> list:
         results = super().each(call, *lists)
@@ -57,19 +54,23 @@ class EmulatedRanks(Ranks):
 
 
 @contextlib.contextmanager
-def at_once() -> Iterator[None]:
-    """Kernels are done when their launch returns: for what keeps no tensors. One rank only."""
-    before, EmulatedRanks.current = EmulatedRanks.current, 0
+def on_stream(stream: int) -> Iterator[None]:
+    before, EmulatedRanks.current = EmulatedRanks.current, stream
     yield
     EmulatedRanks.current = before
+
+
+def at_once():
+    """Kernels are done when their launch returns: for what keeps no tensors. One rank only."""
+    return on_stream(0)
 
 
 def load(library: str, seed: int, deadline_s: float = DEADLINE_S) -> None:
     """Takes the operators from `library` and stands in for the CUDA runtime in this process."""
     torch.set_num_threads(1)
     torch.ops.load_library(library)
-    EmulatedRanks.library, EmulatedRanks.deadline_s = ctypes.CDLL(library), deadline_s
-    EmulatedRanks.library.emulator_configure(2, 30 + seed * 17 % 60, ctypes.c_uint64(1000 * seed + 1))
+    EmulatedRanks.runtime, EmulatedRanks.deadline_s = ctypes.CDLL(library), deadline_s
+    EmulatedRanks.runtime.emulator_configure(2, 30 + seed * 17 % 60, ctypes.c_uint64(1000 * seed + 1))
     ops.load, ops.raw_stream = lambda: None, lambda device: EmulatedRanks.current
     ops.pinned_bytes = lambda *size: torch.empty(*size, dtype=torch.uint8)
     ops_plan.stream_of = lambda workspace: EmulatedRanks.current

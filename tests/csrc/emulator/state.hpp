@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <functional>
-#include <memory>
 #include <random>
 #include <vector>
 
@@ -19,8 +18,6 @@ namespace emulator {
 
 constexpr size_t kSharedBytes = 227 * 1024;
 constexpr size_t kSharedWindow = 256 * 1024;  // apart, so that 18 bits of an address tell where in it
-
-[[noreturn]] void die(const char* why);
 
 // What a copy brings or takes: bytes, or a box of a tensor map.
 struct Part {
@@ -78,7 +75,6 @@ struct Warp {
     unsigned generation = 0;
     Collective what{};
     uint64_t in[32], out[32];
-    int argument[32];
 };
 
 struct Cluster;
@@ -110,6 +106,9 @@ inline Cluster& cluster() { return *running->cta->cluster; }
 
 // Of the threads of the running one's warp.
 Fiber* warp_begin();
+
+// Where the 128-byte swizzle puts an address of shared memory.
+inline uint64_t swizzled(uint64_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 // When a thread yields: perhaps a pending copy or product makes a step.
 void copies_step();

@@ -12,7 +12,7 @@ inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
 }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint64_t* barrier, uint32_t count = 1) {
-    emulator::handed_over();
+    emulator::arriving();
     emulator::mbarrier(barrier).change(static_cast<int>(count), 0);
 }
 inline void mbarrier_arrive_cta(uint64_t* barrier, uint32_t cta) {
@@ -22,7 +22,7 @@ inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
     emulator::mbarrier(barrier).change(1, static_cast<int>(bytes));
 }
 inline void mbarrier_expect_cta(uint64_t* barrier, uint32_t cta, uint32_t bytes) {
-    emulator::handed_on();
+    emulator::handing_out();
     mbarrier_expect(static_cast<uint64_t*>(emulator::at_cta(barrier, cta)), bytes);
 }
 inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {

@@ -1,4 +1,6 @@
 #pragma once
+#include <type_traits>
+
 #include "emulator.hpp"
 
 namespace megamoe::ptx {
@@ -8,7 +10,8 @@ inline uint64_t load_acquire_sys(const uint64_t* address) {
     return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
 inline uint64_t load_relaxed_sys(const uint64_t* address) { return __atomic_load_n(address, __ATOMIC_RELAXED); }
-inline void store_release_sys(uint64_t* address, uint64_t value) {
+template <class T>
+void store_release_sys(T* address, std::type_identity_t<T> value) {
     emulator::yield();
     emulator::released();
     __atomic_store_n(address, value, __ATOMIC_RELEASE);
@@ -16,11 +19,6 @@ inline void store_release_sys(uint64_t* address, uint64_t value) {
 inline uint32_t load_relaxed_sys(const uint32_t* address) {
     emulator::yield();
     return __atomic_load_n(address, __ATOMIC_RELAXED);
-}
-inline void store_release_sys(uint32_t* address, uint32_t value) {
-    emulator::yield();
-    emulator::released();
-    __atomic_store_n(address, value, __ATOMIC_RELEASE);
 }
 inline int load_acquire_gpu(const int* address) {
     emulator::yield();
