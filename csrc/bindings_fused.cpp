@@ -1,5 +1,9 @@
 // Operator schemas and tensor checks of the fused passes; nothing else.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <initializer_list>
+#include <vector>
 
 #include "host/fused.hpp"
 #include "host/torch_args.hpp"
@@ -111,6 +115,123 @@ void backward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, Opti
     run_step(step, args);
 }
 
+// ---- a whole pass in one call: host time is short between a router and its experts ------------------------------------
+
+Tensor new_bytes(const Tensor& like, int64_t bytes) { return torch::stable::new_empty(like, {bytes}, ScalarType::Byte); }
+
+// What a plain call brings; whatever else a call may bring is left to the operators above.
+struct Plain {
+    const Tensor& like;  // x: its device
+    bool good = true;
+
+    void expect(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> size) {
+        good = good && tensor.scalar_type() == type && tensor.dim() == static_cast<int64_t>(size.size()) &&
+               tensor.is_contiguous() && tensor.get_device_index() == like.get_device_index() &&
+               tensor.is_cuda() == like.is_cuda() && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+        int64_t at = 0;
+        for (const int64_t wanted : size) good = good && tensor.size(at++) == wanted;
+    }
+
+    // One stack [L, rows, columns] or L matrices, at the addresses that tensor maps were made for.
+    void expect_experts(const std::vector<Tensor>& experts, ScalarType type, int64_t local, int64_t rows,
+                        int64_t columns, const int64_t* addresses) {
+        if (experts.size() == 1 && experts[0].dim() == 3) {
+            expect(experts[0], type, {local, rows, columns});
+            good = good && reinterpret_cast<int64_t>(experts[0].data_ptr()) == addresses[0];
+            return;
+        }
+        good = good && static_cast<int64_t>(experts.size()) == local;
+        for (size_t i = 0; good && i < experts.size(); ++i) {
+            expect(experts[i], type, {rows, columns});
+            good = good && reinterpret_cast<int64_t>(experts[i].data_ptr()) == addresses[i];
+        }
+    }
+
+    // addresses: int64 [2 L] on the CPU, of fc1's and of fc2's matrices.
+    void expect_layer(const std::vector<Tensor>& fc1, const std::vector<Tensor>& fc2, ScalarType type, int64_t local,
+                      int64_t hidden, int64_t inter, const Tensor& addresses) {
+        const int64_t* at = longs(addresses, 2 * local, "addresses");
+        expect_experts(fc1, type, local, 2 * inter, hidden, at);
+        expect_experts(fc2, type, local, hidden, inter, at + local);
+    }
+};
+
+// Plan and forward of a plain call: y, h, the plan's tables. Nothing (and nothing launched) where it is not plain, or
+// where memory for its results is short.
+std::vector<Tensor> plan_and_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, std::vector<Tensor> fc1,
+                                     std::vector<Tensor> fc2, Tensor addresses, Tensor maps, int64_t inter,
+                                     int64_t capacity, int64_t status, double limit, int64_t stream) {
+    const WorkspaceHandle workspace = handle_of(handle);
+    const int64_t tokens = x.dim() == 2 ? x.size(0) : 0, hidden = workspace.hidden;
+    if (tokens == 0 || tokens > workspace.tokens) return {};
+    const bool wide = ids.scalar_type() == ScalarType::Long;
+    Plain plain{x};
+    plain.expect(x, ScalarType::BFloat16, {tokens, hidden});
+    plain.expect(ids, wide ? ScalarType::Long : ScalarType::Int, {tokens, workspace.top_k});
+    plain.expect(weights, ScalarType::Float, {tokens, workspace.top_k});
+    const int64_t local = workspace.experts / workspace.ranks;
+    plain.expect_layer(fc1, fc2, ScalarType::BFloat16, local, hidden, inter, addresses);
+    if (!plain.good) return {};
+
+    const int64_t tables_bytes = plan_bytes(workspace, tokens) + 8 * capacity;
+    std::optional<Tensor> tables, y, h, scratch;
+    try {
+        tables = torch::stable::new_empty(x, {tables_bytes / 4}, ScalarType::Int);
+        scratch = new_bytes(x, scratch_layout(capacity, tokens, hidden, inter).bytes);
+        y = torch::stable::new_empty(x, {tokens, hidden});
+        h = torch::stable::new_empty(x, {capacity, 2 * inter});
+    } catch (const std::exception&) {
+        return {};
+    }
+    PlanArgs plan{};
+    plan.workspace = workspace;
+    plan.wide_ids = wide;
+    plan.ids = ids.data_ptr();
+    plan.tokens = tokens;
+    plan.row_tile = kCounterTileRows;
+    plan.capacity = capacity;
+    plan.plan = plan_of(workspace, tokens, capacity, *tables, {});
+    plan.status = status;
+    plan.stream = reinterpret_cast<cudaStream_t>(stream);
+    run_plan(PlanPhase::kAll, plan);
+    forward(2, handle, capacity, *tables, {}, x, weights, maps, *h, *y, *scratch, limit, 0, stream);
+    return {*y, *h, *tables};
+}
+
+// Backward of a plain call, into gradients that are added to: dx, dweights. Else nothing, as plan_and_forward.
+// gradient_addresses, table1, table2: where the gradients' tensor maps expect them; the maps.
+std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor tables, Tensor dy, Tensor x, Tensor weights,
+                                   Tensor h, Tensor maps, std::vector<Tensor> fc1, std::vector<Tensor> fc2,
+                                   Tensor addresses, std::vector<Tensor> dfc1, std::vector<Tensor> dfc2,
+                                   Tensor gradient_addresses, Tensor table1, Tensor table2, double limit,
+                                   int64_t stream) {
+    const WorkspaceHandle workspace = handle_of(handle);
+    const int64_t tokens = x.size(0), hidden = workspace.hidden, inter = h.size(1) / 2;
+    const int64_t local = workspace.experts / workspace.ranks;
+    Plain plain{x};
+    plain.expect(x, ScalarType::BFloat16, {tokens, hidden});
+    plain.expect(dy, ScalarType::BFloat16, {tokens, hidden});
+    plain.expect(h, ScalarType::BFloat16, {capacity, 2 * inter});
+    plain.expect(weights, ScalarType::Float, {tokens, workspace.top_k});
+    plain.expect_layer(fc1, fc2, ScalarType::BFloat16, local, hidden, inter, addresses);
+    plain.expect_layer(dfc1, dfc2, ScalarType::Float, local, hidden, inter, gradient_addresses);
+    if (!plain.good) return {};
+
+    const ScratchLayout layout = scratch_layout(capacity, tokens, hidden, inter);
+    std::optional<Tensor> dx, dweights, scratch, more;
+    try {
+        scratch = new_bytes(x, layout.bytes);
+        dx = torch::stable::new_empty(x, {tokens, hidden});
+        dweights = torch::stable::new_empty(x, {tokens, workspace.top_k}, ScalarType::Float);
+        more = new_bytes(x, layout.more_bytes);
+    } catch (const std::exception&) {
+        return {};
+    }
+    backward(2, handle, capacity, tables, {}, dy, x, weights, h, maps, table1, table2, true, true, *dx, *dweights,
+             *scratch, *more, limit, 0, stream);
+    return {*dx, *dweights};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
@@ -127,6 +248,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
         " Tensor weights, Tensor h, Tensor maps, Tensor? dfc1, Tensor? dfc2, bool accumulate1, bool accumulate2,"
         " Tensor(a!) dx, Tensor(b!) dweights, Tensor(c!) scratch, Tensor(d!) more, float limit, int num_sms,"
         " int stream) -> ()");
+    m.def(
+        "plan_and_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, Tensor[] fc1, Tensor[] fc2,"
+        " Tensor addresses, Tensor maps, int inter, int capacity, int status, float limit, int stream) -> Tensor[]");
+    m.def(
+        "plain_backward(Tensor handle, int capacity, Tensor tables, Tensor dy, Tensor x, Tensor weights, Tensor h,"
+        " Tensor maps, Tensor[] fc1, Tensor[] fc2, Tensor addresses, Tensor(a!)[] dfc1, Tensor(b!)[] dfc2,"
+        " Tensor gradient_addresses, Tensor table1, Tensor table2, float limit, int stream) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) {
@@ -140,4 +268,6 @@ STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) { m.impl("scratch_layout", TORCH_BOX(
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CUDA, m) {
     m.impl("fused_forward", TORCH_BOX(&forward));
     m.impl("fused_backward", TORCH_BOX(&backward));
+    m.impl("plan_and_forward", TORCH_BOX(&plan_and_forward));
+    m.impl("plain_backward", TORCH_BOX(&plain_backward));
 }

@@ -61,6 +61,14 @@ def apply(call: Call, x: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: 
     with torch.no_grad():
         experts = per_expert(fc1), per_expert(fc2)
         done = call.backend.forward(x, call.plan, weights, *experts, clamp=call.clamp, group=call.group)
+    return record(call, done, x, weights, fc1, fc2)
+
+
+def record(
+    call: Call, done: tuple[Tensor, Tensor], x: Tensor, weights: Tensor, fc1: tuple[Tensor, ...],
+    fc2: tuple[Tensor, ...],
+) -> Tensor:  # fmt: skip
+    """y of `done`, (y, h), differentiable where gradients are recorded."""
     return MoE.apply(call, done, x, weights, *fc1, *fc2) if torch.is_grad_enabled() else done[0]
 
 
@@ -89,9 +97,17 @@ class MoE(torch.autograd.Function):
         ctx.spent = True
         x, weights, h, *experts = ctx.saved_tensors
         _, _, wants_x, wants_weights, *wanted = ctx.needs_input_grad
+        given = [call.sink.buffer(w) if want else None for w, want in zip(ctx.experts, wanted, strict=True)]
+        if call.backend.plain is not None:
+            done = call.backend.plain.backward(
+                ctx.experts[0], call.plan, dy, x, h, weights, experts, given, clamp=call.clamp
+            )
+            if done is not None:
+                dx, dweights = done[0] if wants_x else None, done[1] if wants_weights else None
+                return None, None, dx, dweights, *[call.sink.finish(weight, None) for weight in ctx.experts]
         n = call.num_fc1
-        first, overwrite1 = _buffers(call.sink, ctx.experts[:n], wanted[:n])
-        second, overwrite2 = _buffers(call.sink, ctx.experts[n:], wanted[n:])
+        first, overwrite1 = _buffers(call.sink, ctx.experts[:n], wanted[:n], given[:n])
+        second, overwrite2 = _buffers(call.sink, ctx.experts[n:], wanted[n:], given[n:])
         grads = call.backend.backward(
             dy, x, h, call.plan, weights, per_expert(experts[:n]), per_expert(experts[n:]),
             clamp=call.clamp, group=call.group, need=call.need,
@@ -108,8 +124,8 @@ class MoE(torch.autograd.Function):
 class _Buffer:
     """The tensor one weight's gradient goes to: the sink's, which is added to, or a fresh one."""
 
-    def __init__(self, sink: WeightGradSink, weight: Tensor):
-        self.sink, self.weight, self.given = sink, weight, sink.buffer(weight)
+    def __init__(self, sink: WeightGradSink, weight: Tensor, given: Tensor | None):
+        self.sink, self.weight, self.given = sink, weight, given
         self.fresh: Tensor | None = None
 
     def make(self, fill: Callable[..., Tensor]) -> None:
@@ -127,13 +143,16 @@ class _Buffer:
 
 
 def _buffers(
-    sink: WeightGradSink, weights: tuple[Tensor, ...], wanted: list[bool]
+    sink: WeightGradSink, weights: tuple[Tensor, ...], wanted: list[bool], given: list[Tensor | None]
 ) -> tuple[list[_Buffer | None], bool]:
     """Buffers of fc1 or of fc2, None where no gradient is wanted; and whether none of them is the sink's.
 
     Then backward writes instead of adding. Else fresh ones are zero.
     """
-    buffers = [_Buffer(sink, weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
+    buffers = [
+        _Buffer(sink, weight, place) if want else None
+        for weight, want, place in zip(weights, wanted, given, strict=True)
+    ]
     nothing_yet = all(buffer is None or buffer.given is None for buffer in buffers)
     fill = torch.empty_like if nothing_yet else torch.zeros_like
     for buffer in buffers:

@@ -53,6 +53,14 @@ def moe(
         backends.BackendUnavailable: the backend cannot run on these tensors here.
         watchdog.MegaMoETimeout: a rank has not come, or has failed (fused). The process has to be restarted.
     """
+    fused = backends.fused() if plan is None and backend in ("auto", "fused") and recompute in RECOMPUTE else None
+    if fused is not None:  # all that follows in one step, where it is what this layer did before
+        found = fused.plain.forward(x, topk_ids, topk_weights, fc1, fc2, clamp=clamp, group=group, workspace=workspace)
+        if found is not None:
+            fc1, fc2 = checks.as_tuple("fc1", fc1), checks.as_tuple("fc2", fc2)
+            need = fused.need(x, topk_weights, fc1, fc2)
+            call = autograd.Call(fused, found[0], group, clamp, recompute, _sink(wgrad_sink), need, num_fc1=len(fc1))
+            return autograd.record(call, found[1], x, topk_weights, fc1, fc2)
     check_clamp(clamp)
     check_choice("recompute", recompute, RECOMPUTE)
     fc1, fc2 = checks.as_tuple("fc1", fc1), checks.as_tuple("fc2", fc2)
@@ -67,9 +75,12 @@ def moe(
         _check_plan(plan, topk_ids, num_experts, group)
         plan = chosen.accept(plan, *where, hidden_size=x.shape[1])
     need = chosen.need(x, topk_weights, fc1, fc2, clamp=clamp, recompute=recompute, group=group)
-    sink = autograd.ReturnGrads() if wgrad_sink is None else wgrad_sink
-    call = autograd.Call(chosen, plan, group, clamp, recompute, sink, need, num_fc1=len(fc1))
+    call = autograd.Call(chosen, plan, group, clamp, recompute, _sink(wgrad_sink), need, num_fc1=len(fc1))
     return autograd.apply(call, x, topk_weights, fc1, fc2)
+
+
+def _sink(given: autograd.WeightGradSink | None) -> autograd.WeightGradSink:
+    return autograd.ReturnGrads() if given is None else given
 
 
 def _check_plan(plan: backends.Plan, topk_ids: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> None:

@@ -21,6 +21,7 @@ from .config import HIDDEN_MULTIPLE, INTERMEDIATE_MULTIPLE, MAX_TOP_K
 from .experts import StackedExperts, places_of
 from .fused_plan import FusedPlan, workspace_for
 from .launch_order import in_order
+from .plain import PlainCalls
 from .plan import RoutingPlan
 from .workspace import Workspace
 
@@ -78,6 +79,7 @@ class FusedBackend:
 
     def __init__(self):
         self._maps, self._tables = _Recent(CACHED_LAYERS), _Recent(CACHED_GRADIENTS)
+        self.plain = PlainCalls()
 
     def check(
         self, x: Tensor, topk_ids: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...],
@@ -135,8 +137,10 @@ class FusedBackend:
         """y `[T,H]`, h `[capacity,2I]`, of which the plan's M rows are written."""
         with plan.workspace.launching():  # peers wait from the plan on
             maps, x, p = self._maps_of(fc1, fc2, x.device), _rows(x), _fp32(weights)
-        with plan.workspace.guard.watch(), in_order(x.device):
-            return plan.run(lambda device_plan: ops_fused.forward(device_plan, x, p, maps, clamp=clamp))
+        with plan.workspace.guard.watch(), in_order(x.device) as stream:
+            done = plan.run(lambda device_plan: ops_fused.forward(device_plan, x, p, maps, clamp=clamp))
+        self.plain.remember(plan.workspace, fc1, fc2, maps, clamp, stream)
+        return done
 
     def backward(
         self, dy: Tensor, x: Tensor, h: Tensor | None, plan: FusedPlan, weights: Tensor,
@@ -153,7 +157,7 @@ class FusedBackend:
             first = _Targets(dfc1 if need.fc1 else None, fc1, overwrite[0], always=plan.ep_size > 1)
             second = _Targets(dfc2 if need.fc2 else None, fc2, overwrite[1])
             tables = self._table_of(first, x.device), self._table_of(second, x.device)
-        with in_order(x.device):
+        with in_order(x.device) as stream:
             if h is None:
                 h = ops_fused.fc1_again(device_plan, x, p, maps)
             dx, dweights = ops_fused.backward(
@@ -162,6 +166,8 @@ class FusedBackend:
             )  # fmt: skip
         first.deliver()
         second.deliver()
+        if first.whole_adds and second.whole_adds:
+            self.plain.remember_gradients(first.buffers, second.buffers, *tables, stream)
         return reference.Grads(
             dx=dx if need.x else None,
             dweights=dweights if need.weights else None,
@@ -191,6 +197,7 @@ class _Targets:
         whole = isinstance(given, StackedExperts) and _is_plain(given.stack)
         nothing = not whole and (given is None or all(buffer is None for buffer in given))
         self.accumulate = not overwrite and not nothing
+        self.all_given = whole or not (given is None or any(buffer is None for buffer in given))
         self.stand_ins: list[tuple[Tensor, Tensor]] = []  # (given, what was written in its place)
         self.buffers: Sequence[Tensor] | None = None
         if whole:
@@ -213,6 +220,11 @@ class _Targets:
                 fresh = torch.empty if overwrite else torch.zeros
                 self.stand_ins.append((buffer, _fp32_like(fresh, weight)))
                 self.buffers.append(self.stand_ins[-1][1])
+
+    @property
+    def whole_adds(self) -> bool:
+        """Whether the kernel adds to given buffers, of every expert."""
+        return self.accumulate and not self.stand_ins and self.all_given
 
     def deliver(self) -> None:
         for given, stand_in in self.stand_ins:

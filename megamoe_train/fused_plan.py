@@ -62,7 +62,10 @@ class FusedPlan:
 
         Raises ValueError for a bad id, alike on every rank. In the fixed mode the verdict is read by later calls.
         """
-        result = launch(self.device_plan)
+        return self.judged(launch(self.device_plan), launch)
+
+    def judged(self, result: Result, launch: Callable[[ops_plan.DevicePlan], Result]) -> Result:
+        """The same after a first launch, which has returned `result`."""
         if self.workspace.sizing == "fixed" or self.device_plan.rows is not None:
             return result
         try:
@@ -107,8 +110,7 @@ def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_plan.DevicePlan:
     if workspace.sizing == "exact":
         return ops_plan.build_plan(workspace, ids, sizing="exact")
     if workspace.sizing == "fixed":
-        check_workspace(workspace)
-        plan = ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=workspace.capacity)
+        plan = ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=capacity_for(workspace, ids.numel()))
         workspace.unread.append((plan.status, torch.cuda.is_current_stream_capturing()))
         return plan
     if torch.cuda.is_current_stream_capturing():
@@ -116,10 +118,18 @@ def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_plan.DevicePlan:
             'sizing: got "high_water" while a CUDA graph is captured; allowed: '
             'Workspace.create(..., sizing="fixed", capacity=ROWS), where the host reads nothing'
         )
-    capacity = workspace.high_water or ops_plan.first_capacity(workspace)
+    return ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=capacity_for(workspace, ids.numel()))
+
+
+def capacity_for(workspace: Workspace, slots: int) -> int:
+    """Rows to allocate for a call of T * K = slots, in the fixed mode (whose earlier verdicts are read first, and may
+    raise) and in the high-water mode."""
+    if workspace.sizing == "fixed":
+        check_workspace(workspace)
+        return workspace.capacity
     if workspace.shape.ranks == 1:  # nobody else's tokens arrive: the bound is known, and nothing overflows
-        capacity = most_rows_alone(ids.numel(), workspace.shape.experts)
-    return ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=max(capacity, ROW_TILE))
+        return max(most_rows_alone(slots, workspace.shape.experts), ROW_TILE)
+    return max(workspace.high_water or ops_plan.first_capacity(workspace), ROW_TILE)
 
 
 def check_workspace(workspace: Workspace, *, wait: bool = False) -> None:
@@ -197,6 +207,11 @@ def _shared_workspace(device: torch.device, experts: int, top_k: int, hidden: in
         found = Workspace.create(Shape(1, experts, top_k, hidden, ops_plan.round_capacity(tokens)), device=device)
         _shared[key] = found
     return found
+
+
+def is_shared(workspace: Workspace) -> bool:
+    """Whether it is one that calls without a workspace share."""
+    return any(workspace is shared for shared in _shared.values())
 
 
 def shared_bytes() -> int:

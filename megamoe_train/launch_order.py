@@ -11,7 +11,8 @@ _last: dict[int, tuple[int, torch.cuda.Stream | None]] = {}  # device -> raw str
 
 
 class in_order:
-    """Around launches on the current stream of a CUDA device: they run after those of the block before.
+    """Around launches on the current stream of a CUDA device: they run after those of the block before. `as`: that raw
+    stream, None while it is captured.
 
     A captured graph is not chained: whoever replays it orders it against the calls around it.
     """
@@ -19,9 +20,9 @@ class in_order:
     def __init__(self, device: torch.device):
         self.device = device
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> int | None:
         if torch.cuda.is_current_stream_capturing():
-            return
+            return None
         device = self.device
         index = torch.cuda.current_device() if device.index is None else device.index
         raw = torch._C._cuda_getCurrentRawStream(index)
@@ -30,6 +31,7 @@ class in_order:
             torch.cuda.current_stream(device).wait_stream(stream)
         if last != raw or stream is None:
             _last[index] = raw, torch.cuda.current_stream(device)  # also where the block fails: what it launched counts
+        return raw
 
     def __exit__(self, *_) -> None:
         pass

@@ -79,7 +79,8 @@ def scratch_layout(capacity: int, tokens: int, hidden: int, inter: int) -> Scrat
     return Scratch(*ops.ask(torch.ops.megamoe.scratch_layout, capacity, tokens, hidden, inter, answers=answers))
 
 
-def _limit(clamp: float | None) -> float:
+def limit_of(clamp: float | None) -> float:
+    """The clamp as operators take it."""
     return float("inf") if clamp is None else float(clamp)
 
 
@@ -93,7 +94,7 @@ class _Call:
             )
         if x_TH.shape[0] != plan.tokens:
             raise ValueError(f"x: got {x_TH.shape[0]} tokens; allowed: {plan.tokens}, those of the plan")
-        self.plan, self.maps, self.limit, self.num_sms = plan, maps, _limit(clamp), num_sms
+        self.plan, self.maps, self.limit, self.num_sms = plan, maps, limit_of(clamp), num_sms
         self.x, self.weights, self.device = x_TH.contiguous(), weights_TK.contiguous(), x_TH.device
         self.hidden = x_TH.shape[1]
         self.layout = scratch_layout(plan.capacity, plan.tokens, self.hidden, maps.inter)

@@ -21,7 +21,7 @@ from .plan import ROW_TILE
 ALIGNMENT = 1024
 STAGING_BUFFERS = 2
 READY_SLOTS = 4
-STATE_WORDS = 2 + STAGING_BUFFERS
+STATE_WORDS = 5 + STAGING_BUFFERS
 HEADER_INTS = 8
 MAX_RANKS = 64
 MAX_EXPERTS = 1024
@@ -29,7 +29,7 @@ STATUS_SLOTS = 1024  # plans whose verdict the host has not read yet
 STATUS_INTS = 8
 ABORT_S = 1.0  # for the peers to be told
 SIZINGS = ("high_water", "fixed", "exact")
-LAYOUT_VERSION = 2  # to be raised with any change of csrc/layout/workspace.cuh
+LAYOUT_VERSION = 3  # to be raised with any change of csrc/layout/workspace.cuh
 
 
 @dataclass(frozen=True)

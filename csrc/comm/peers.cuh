@@ -37,6 +37,10 @@ __device__ __forceinline__ uint64_t& state_word(const Peers& peers, int index) {
     return words(peers, peers.rank, peers.layout.state)[index];
 }
 
+__device__ __forceinline__ int* state_int(const Peers& peers, int index) {
+    return reinterpret_cast<int*>(&state_word(peers, index));
+}
+
 // Row of source rank `source` in the counts that lie at this rank.
 __device__ __forceinline__ int* counts_row(const Peers& peers, int at, uint32_t epoch, int source) {
     const int64_t row = int64_t{epoch & 1} * peers.ranks + source;
@@ -143,8 +147,7 @@ __device__ __forceinline__ void signal(const Peers& peers, int to, int64_t offse
     ptx::store_release_sys(words(peers, to, offset) + index, word);
 }
 
-// True in every thread of the last CTA of the launch that arrives. `ticket` was zeroed by an earlier node of the
-// stream. What any CTA did before is visible to the last one: barrier; atom.acq_rel.gpu by one thread; barrier.
+// True in every thread of the last CTA of the launch that arrives. `ticket` was zero before the launch. What any CTA did before is visible to the last one: barrier; atom.acq_rel.gpu by one thread; barrier.
 __device__ __forceinline__ bool last_cta(int* ticket, int ctas) {
     __shared__ int arrived;
     __syncthreads();

@@ -1,5 +1,4 @@
 #include "kernels/fused.hpp"
-#include "kernels/load.cuh"
 #include "roles/fused.cuh"
 
 namespace megamoe {
@@ -8,6 +7,6 @@ cudaError_t launch_backward(const FusedParams& params, int num_sms, cudaStream_t
     return launch_fused_kernel<true>(params, num_sms, stream);
 }
 
-cudaError_t load_backward_kernel() { return load_kernels(fused_kernel<true>); }
+cudaError_t load_backward_kernel() { return load_fused_kernel<true>(); }
 
 }  // namespace megamoe

@@ -1,5 +1,4 @@
 #include "kernels/fused.hpp"
-#include "kernels/load.cuh"
 #include "roles/fused.cuh"
 
 namespace megamoe {
@@ -8,6 +7,6 @@ cudaError_t launch_forward(const FusedParams& params, int num_sms, cudaStream_t 
     return launch_fused_kernel<false>(params, num_sms, stream);
 }
 
-cudaError_t load_forward_kernel() { return load_kernels(fused_kernel<false>); }
+cudaError_t load_forward_kernel() { return load_fused_kernel<false>(); }
 
 }  // namespace megamoe

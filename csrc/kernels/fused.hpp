@@ -6,7 +6,7 @@ namespace megamoe {
 
 struct FusedParams;
 
-cudaError_t load_forward_kernel();  // see load.cuh
+cudaError_t load_forward_kernel();  // on each device before the first launch there
 cudaError_t load_backward_kernel();
 
 // dispatch, fc1, SwiGLU, fc2, combine

@@ -43,7 +43,7 @@ __device__ void sum_blocks_and_send(const PlanParams& params, uint32_t epoch) {
         for (int r = 0; r < peers.ranks; ++r) counts_row(peers, r, epoch, peers.rank)[e] = total;
     }
     if (threadIdx.x < peers.ranks) {
-        const int bad = ptx::load_int(params.control + kBadSlots);
+        const int bad = ptx::load_int(state_int(peers, kStateBadSlots));
         int* header = counts_row(peers, threadIdx.x, epoch, peers.rank) + params.experts;
         header[kHeaderBadSlot] = bad == 0 ? -1 : INT_MAX - bad;
         header[kHeaderBadId] = bad == 0 ? 0 : shown_id(load_id(params, INT_MAX - bad));
@@ -68,13 +68,13 @@ __global__ void __launch_bounds__(kPlanThreads) plan_count_kernel(const __grid_c
         if (is_expert(params, id)) {
             atomicAdd(&histogram[id], 1);
         } else if (id != -1) {
-            atomicMax(params.control + kBadSlots, INT_MAX - slot);
+            atomicMax(state_int(params.peers, kStateBadSlots), INT_MAX - slot);
         }
     }
     __syncthreads();
     int* mine = params.block_counts + int64_t{blockIdx.x} * params.experts;
     for (int e = threadIdx.x; e < params.experts; e += kPlanThreads) mine[e] = histogram[e];
-    if (!last_cta(params.control + kCountTicket, gridDim.x)) return;
+    if (!last_cta(state_int(params.peers, kStateCountTicket), gridDim.x)) return;
     if (threadIdx.x == 0) {
         uint64_t& counter = state_word(params.peers, kStatePlanEpoch);
         epoch = static_cast<uint32_t>(++counter);
@@ -83,6 +83,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_count_kernel(const __grid_c
     }
     __syncthreads();
     sum_blocks_and_send(params, epoch);
+    __syncthreads();
+    if (threadIdx.x == 0) *state_int(params.peers, kStateCountTicket) = *state_int(params.peers, kStateBadSlots) = 0;
 }
 
 // Exclusive prefix sums over the CTA of two numbers at once, kept in the halves of a 64-bit word.
@@ -291,7 +293,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(const __grid_c
     if (alone) fill_padding(params, epoch, t);
     // List -> listed: all CTAs' writers; ticket (atom.acq_rel.gpu); then the last CTA fence.acq_rel.sys,
     // st.release.sys.
-    if (!last_cta(params.control + kPlaceTicket, gridDim.x)) return;
+    if (!last_cta(state_int(peers, kStatePlaceTicket), gridDim.x)) return;
+    if (threadIdx.x == 0) *state_int(peers, kStatePlaceTicket) = 0;
     if (threadIdx.x < peers.ranks) signal(peers, threadIdx.x, peers.layout.listed, peers.rank, epoch_word(epoch));
 }
 
@@ -337,8 +340,6 @@ __global__ void __launch_bounds__(kPlanThreads) plan_sources_kernel(const __grid
 }  // namespace
 
 cudaError_t launch_plan_count(const PlanParams& params, cudaStream_t stream) {
-    const cudaError_t error = cudaMemsetAsync(params.control, 0, kPlanControlInts * sizeof(int), stream);
-    if (error != cudaSuccess) return error;
     plan_count_kernel<<<params.blocks, kPlanThreads, params.experts * sizeof(int), stream>>>(params);
     return cudaGetLastError();
 }

@@ -28,8 +28,8 @@ struct PlanStatus {
     long long unused;
 };
 
-// Ints of a plan in device memory, zeroed by a node of the stream before plan_count.
-enum PlanControl : int { kCountTicket, kPlaceTicket, kBadSlots, kPlanCode, kPlanId, kPlanEpoch, kPlanControlInts = 8 };
+// Ints of a plan in device memory.
+enum PlanControl : int { kPlanCode, kPlanId, kPlanEpoch, kPlanControlInts = 8 };
 
 struct PlanParams {
     Peers peers;

@@ -35,8 +35,12 @@ enum CountsHeader : int {
 enum StateWord : int {
     kStatePlanEpoch = 0,
     kStateOpEpoch = 1,
-    kStateStagedEpoch = 2,
-    kStateWords = 2 + kStagingBuffers
+    kStateStagedEpoch = 2,  // one a staging buffer
+    // Of the plan in progress, as ints; zero between plans.
+    kStateCountTicket = 2 + kStagingBuffers,
+    kStatePlaceTicket,
+    kStateBadSlots,
+    kStateWords
 };
 
 struct WorkspaceShape {

@@ -1,5 +1,6 @@
 // The roles of a fused launch: each takes units of several products and meets the others through counters.
 #pragma once
+#include "kernels/load.cuh"
 #include "roles/loader.cuh"
 #include "roles/math.cuh"
 #include "roles/pull.cuh"
@@ -254,13 +255,19 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
     leave();
 }
 
+// On each device before the first launch there.
+template <bool kBackward>
+cudaError_t load_fused_kernel() {
+    const cudaError_t error = load_kernels(fused_kernel<kBackward>);
+    if (error != cudaSuccess) return error;
+    constexpr auto kSharedBytes = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    return cudaFuncSetAttribute(fused_kernel<kBackward>, kSharedBytes, sizeof(SharedStorage));
+}
+
 template <bool kBackward>
 cudaError_t launch_fused_kernel(const FusedParams& params, int num_sms, cudaStream_t stream) {
-    constexpr int kBytes = sizeof(SharedStorage);
-    const cudaError_t error =
-        cudaFuncSetAttribute(fused_kernel<kBackward>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (error != cudaSuccess) return error;
-    fused_kernel<kBackward><<<num_sms / kClusterSize * kClusterSize, kThreads, kBytes, stream>>>(params);
+    const int ctas = num_sms / kClusterSize * kClusterSize;
+    fused_kernel<kBackward><<<ctas, kThreads, sizeof(SharedStorage), stream>>>(params);
     return cudaGetLastError();
 }
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -59,6 +63,59 @@ def assert_same(one: Leaves, other: Leaves, *, only_present: bool = False) -> No
 
 def buffers_of(leaves: Leaves, fill: float) -> dict[int, Tensor]:
     return {id(w): torch.full(w.shape, fill, device=w.device) for w in [*leaves.fc1, *leaves.fc2]}
+
+
+@contextlib.contextmanager
+def plain_passes() -> Iterator[list[str]]:
+    """Which passes inside were launched by one operator (plain.py)."""
+    passes = []
+
+    def noting(name: str, original):
+        def call(*args):
+            if done := original(*args):
+                passes.append(name)
+            return done
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        for operator, name in (("plan_and_forward", "forward"), ("plain_backward", "backward")):
+            original = getattr(torch.ops.megamoe, operator)
+            patches.enter_context(mock.patch.object(torch.ops.megamoe, operator, noting(name, original)))
+        yield passes
+
+
+def assert_plain_passes(layer: Layer, **options) -> None:
+    """A layer's second step is launched by one operator a pass, with the bits of the first; no unusual one is."""
+    leaves = Leaves(layer)
+    buffers = buffers_of(leaves, 1.0)
+    options |= {"wgrad_sink": MainGrads(buffers)}
+
+    def step(expected: list[str], dy: Tensor | None = None, **unusual) -> list[Tensor]:
+        for tensor in (leaves.x, leaves.p, *buffers.values()):
+            tensor.grad = None
+        for buffer in buffers.values():
+            buffer.fill_(1.0)
+        with plain_passes() as passes:
+            y = leaves.forward(**options | unusual)
+            y.backward(leaves.dy if dy is None else dy)
+        assert passes == expected
+        return [y.detach(), leaves.x.grad, leaves.p.grad, *[buffer.clone() for buffer in buffers.values()]]
+
+    def same(results: list[Tensor]) -> bool:
+        return all(map(torch.equal, results, first))
+
+    first = step([])
+    assert same(step(["forward", "backward"]))
+    assert same(step(["forward"], recompute="fc1"))
+    assert same(step(["forward"], dy=leaves.dy.t().contiguous().t()))
+    assert not same(step(["backward"], clamp=0.25)), "the clamp does nothing here"
+    assert same(step(["backward"]))  # the layer's clamp is another one again
+    leaves.fc2[1].data = leaves.fc2[1].data.clone()
+    assert same(step(["backward"])), "a weight elsewhere"
+    assert same(step(["forward", "backward"]))
+    leaves.ids = leaves.ids.int()
+    assert same(step(["forward", "backward"]))
 
 
 def assert_through_autograd(layer: Layer, *, recompute: str | None = None, **options) -> None:

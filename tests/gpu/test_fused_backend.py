@@ -9,7 +9,14 @@ from torch import Tensor
 from megamoe_train import Workspace, WorkspaceShape, backends
 from megamoe_train.functional import moe
 from tests.gpu.layer_case import Case, Layer
-from tests.gpu.leaves import Leaves, MainGrads, assert_same, assert_through_autograd, buffers_of
+from tests.gpu.leaves import (
+    Leaves,
+    MainGrads,
+    assert_plain_passes,
+    assert_same,
+    assert_through_autograd,
+    buffers_of,
+)
 from tests.gpu.virtual import Load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
@@ -34,6 +41,14 @@ def test_auto_is_fused_here():
 @pytest.mark.parametrize("recompute", [None, "fc1"])
 def test_against_fp64_through_autograd(poisoned, recompute):
     assert_through_autograd(Layer(CASE), recompute=recompute)
+
+
+@pytest.mark.parametrize("sizing", [{}, {"sizing": "fixed", "capacity": 4096}], ids=["high-water", "fixed"])
+def test_the_second_step_takes_one_operator_a_pass(poisoned, sizing):
+    assert_plain_passes(Layer(CASE))
+    space = Workspace.create(WorkspaceShape(1, 8, 3, 512, 600), deadline_s=5.0, **sizing)
+    assert_plain_passes(Layer(CASE), workspace=space)
+    space.close()
 
 
 def test_recompute_gives_the_same_bits(poisoned):

@@ -25,16 +25,21 @@ def poisoned():
 # ---- memory and launches ---------------------------------------------------------------------------------------------
 
 
+def requested_bytes() -> int:
+    """What tensors hold; memory_allocated counts with it what the allocator's blocks have too much."""
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 @pytest.mark.parametrize("recompute", [None, "fc1"])
 def test_what_is_kept_for_backward(recompute):
     case = Case(Load("uniform", (2048,), 4, 8), 1024, 512)
     leaves = Leaves(Layer(case))
     leaves.run(recompute=recompute)  # caches and the shared workspace
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes()
     y = leaves.forward(recompute=recompute)
     torch.cuda.synchronize()
-    kept = torch.cuda.memory_allocated() - before - y.numel() * 2
+    kept = requested_bytes() - before - y.numel() * 2
     slots, row = 2048 * 4, 2 * 2 * 512
     plan = slots * 8 + slots * 4 + (slots + 8 * ROW_TILE) * 8  # slot_of, topk_ids, source_of
     limit = plan + 64 * 1024 + (0 if recompute else (slots + 8 * ROW_TILE) * row)
@@ -50,7 +55,7 @@ def kernels_of(call) -> list[str]:
 
 
 def test_launches():
-    """Between entry and return: the plan, one fused kernel, clearing and announcing; no NCCL, nothing elementwise."""
+    """Between entry and return: the plan, announcing, one fused kernel; no NCCL, nothing elementwise."""
     layer = Layer(CASE)
     leaves = Leaves(layer)
     sink = MainGrads(buffers_of(leaves, 0.0))
@@ -63,7 +68,7 @@ def test_launches():
 
     leaves.x.grad = leaves.p.grad = None  # autograd hands over the gradients instead of adding them
     passes = {"forward": kernels_of(forward), "backward": kernels_of(lambda: y.backward(leaves.dy))}
-    allowed = ("plan_count", "plan_place", "plan_sources", "announce", "fused", "Memset")
+    allowed = ("plan_count", "plan_place", "plan_sources", "announce", "fused")
     for name, launched in passes.items():
         fused = [kernel for kernel in launched if "fused_kernel" in kernel]
         assert len(fused) == 1, f"{name}: {launched}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from tests.gpu import hold
 from tests.gpu.virtual import Data, Load, assert_same
 
 DEADLINE_S = 3.0
+HUNG_S = 60
 LATE_S = 0.1  # the skew of a rank
 
 
@@ -240,6 +242,7 @@ SCENARIOS = {
 
 
 def main(store: str, rank: str, *names: str) -> None:
+    faulthandler.dump_traceback_later(HUNG_S)  # tells where, should it hang all the same
     torch.cuda.set_device(int(rank))
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
     dist.init_process_group(

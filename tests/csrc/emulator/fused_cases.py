@@ -11,7 +11,7 @@ from tests.gpu.fused_run import VirtualRanks, assert_same_bits
 from tests.gpu.gemm_case import Case as GemmCase
 from tests.gpu.gemm_case import assert_products, assert_wgrad
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
-from tests.gpu.leaves import Leaves, assert_same, assert_through_autograd
+from tests.gpu.leaves import Leaves, assert_plain_passes, assert_same, assert_through_autograd
 from tests.gpu.virtual import Load
 
 from .ranks import EmulatedRanks, at_once
@@ -78,6 +78,7 @@ def through_autograd() -> None:
     with at_once():
         options = {"workspace": EmulatedRanks(layer.case.load, layer.case.hidden).workspaces[0]}
         assert_through_autograd(layer, **options)
+        assert_plain_passes(layer, **options)
         whole = Leaves(layer).run(**options)
         assert_same(whole, Leaves(layer).run(recompute="fc1", **options))
         for frozen in (("x",), ("fc1", "fc2"), ("x", "p", "fc2")):
