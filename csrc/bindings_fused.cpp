@@ -115,9 +115,12 @@ void backward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, Opti
     run_step(step, args);
 }
 
-// ---- a whole pass in one call: host time is short between a router and its experts ------------------------------------
+// ---- a whole pass in one call: host time is short between a router and its experts
+// ------------------------------------
 
-Tensor new_bytes(const Tensor& like, int64_t bytes) { return torch::stable::new_empty(like, {bytes}, ScalarType::Byte); }
+Tensor new_bytes(const Tensor& like, int64_t bytes) {
+    return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
 
 // What a plain call brings; whatever else a call may bring is left to the operators above.
 struct Plain {
@@ -180,9 +183,7 @@ std::vector<Tensor> plan_and_forward(Tensor handle, Tensor x, Tensor ids, Tensor
         scratch = new_bytes(x, scratch_layout(capacity, tokens, hidden, inter).bytes);
         y = torch::stable::new_empty(x, {tokens, hidden});
         h = torch::stable::new_empty(x, {capacity, 2 * inter});
-    } catch (const std::exception&) {
-        return {};
-    }
+    } catch (const std::exception&) { return {}; }
     PlanArgs plan{};
     plan.workspace = workspace;
     plan.wide_ids = wide;
@@ -224,9 +225,7 @@ std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor table
         dx = torch::stable::new_empty(x, {tokens, hidden});
         dweights = torch::stable::new_empty(x, {tokens, workspace.top_k}, ScalarType::Float);
         more = new_bytes(x, layout.more_bytes);
-    } catch (const std::exception&) {
-        return {};
-    }
+    } catch (const std::exception&) { return {}; }
     backward(2, handle, capacity, tables, {}, dy, x, weights, h, maps, table1, table2, true, true, *dx, *dweights,
              *scratch, *more, limit, 0, stream);
     return {*dx, *dweights};

@@ -147,7 +147,8 @@ __device__ __forceinline__ void signal(const Peers& peers, int to, int64_t offse
     ptx::store_release_sys(words(peers, to, offset) + index, word);
 }
 
-// True in every thread of the last CTA of the launch that arrives. `ticket` was zero before the launch. What any CTA did before is visible to the last one: barrier; atom.acq_rel.gpu by one thread; barrier.
+// True in every thread of the last CTA of the launch that arrives. `ticket` was zero before the launch. What any CTA
+// did before is visible to the last one: barrier; atom.acq_rel.gpu by one thread; barrier.
 __device__ __forceinline__ bool last_cta(int* ticket, int ctas) {
     __shared__ int arrived;
     __syncthreads();
