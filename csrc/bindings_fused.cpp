@@ -264,6 +264,12 @@ STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) { m.impl("scratch_layout", TORCH_BOX(&write_scratch_layout)); }
 
+// Results are recorded by nobody but autograd.py.
+STABLE_TORCH_LIBRARY_IMPL(megamoe, Autograd, m) {
+    m.impl("plan_and_forward", TORCH_BOX(&plan_and_forward));
+    m.impl("plain_backward", TORCH_BOX(&plain_backward));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CUDA, m) {
     m.impl("fused_forward", TORCH_BOX(&forward));
     m.impl("fused_backward", TORCH_BOX(&backward));

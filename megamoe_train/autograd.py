@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from . import plain, reference
 from .backends import Backend, Plan
 from .experts import StackedExperts, per_expert
 from .plan import RoutingPlan
@@ -53,6 +53,7 @@ class Call:
     sink: WeightGradSink
     need: reference.Need
     num_fc1: int  # tensors that hold fc1: 1 (a stack [L,2I,H]) or L; the rest hold fc2
+    layer: plain.Layer | None = None  # of a forward that was launched by one operator
 
 
 def apply(call: Call, x: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...]) -> Tensor:
@@ -98,10 +99,8 @@ class MoE(torch.autograd.Function):
         x, weights, h, *experts = ctx.saved_tensors
         _, _, wants_x, wants_weights, *wanted = ctx.needs_input_grad
         given = [call.sink.buffer(w) if want else None for w, want in zip(ctx.experts, wanted, strict=True)]
-        if call.backend.plain is not None:
-            done = call.backend.plain.backward(
-                ctx.experts[0], call.plan, dy, x, h, weights, experts, given, clamp=call.clamp
-            )
+        if call.layer is not None:
+            done = plain.backward(call.layer, call.plan, dy, x, h, weights, experts, given)
             if done is not None:
                 dx, dweights = done[0] if wants_x else None, done[1] if wants_weights else None
                 return None, None, dx, dweights, *[call.sink.finish(weight, None) for weight in ctx.experts]

@@ -7,7 +7,7 @@ reference by itself: it says what is missing, and that backend="reference" exist
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,6 @@ from torch import Tensor
 from . import agreement, extension, ops, reference
 from .config import BACKENDS, check_choice
 from .plan import RoutingPlan, build_plan
-
-if TYPE_CHECKING:
-    from .plain import PlainCalls
 
 
 class BackendUnavailable(RuntimeError):
@@ -43,7 +40,6 @@ class Backend(Protocol):
     """One call: `check`, then `plan` or `accept`, then `need`, `forward` and, for every forward, `backward`."""
 
     name: str
-    plain: PlainCalls | None  # a short way for all of that
     backward_once: bool  # a second backward of one forward is refused
 
     def check(
@@ -83,7 +79,6 @@ class ReferenceBackend:
     """reference.py, looked up at each call; the ranks compare by collectives what has to be equal."""
 
     name = "reference"
-    plain = None
     backward_once = False
 
     def check(self, x: Tensor, *_, clamp: float | None) -> None:
@@ -131,11 +126,6 @@ def register(backend: Backend) -> None:
     """Makes a backend available under its name; the CUDA extension's loader calls it with the fused one."""
     check_choice("backend name", backend.name, BACKENDS[1:])
     _BACKENDS[backend.name] = backend
-
-
-def fused() -> Backend | None:
-    """The fused backend, once it is registered."""
-    return _BACKENDS.get("fused")
 
 
 def get(name: str) -> Backend:

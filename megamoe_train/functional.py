@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from . import autograd, backends, checks, comm
+from . import autograd, backends, checks, comm, plain
 from .config import RECOMPUTE, check_choice, check_clamp
 
 
@@ -53,14 +53,16 @@ def moe(
         backends.BackendUnavailable: the backend cannot run on these tensors here.
         watchdog.MegaMoETimeout: a rank has not come, or has failed (fused). The process has to be restarted.
     """
-    fused = backends.fused() if plan is None and backend in ("auto", "fused") and recompute in RECOMPUTE else None
-    if fused is not None:  # all that follows in one step, where it is what this layer did before
-        found = fused.plain.forward(x, topk_ids, topk_weights, fc1, fc2, clamp=clamp, group=group, workspace=workspace)
+    if plan is None and recompute in RECOMPUTE and backend in ("auto", "fused"):
+        # All that follows in one step, where it is what this layer did before.
+        found = plain.forward(x, topk_ids, topk_weights, fc1, fc2, clamp, group, workspace)
         if found is not None:
+            layer, plan, done = found
+            chosen = backends.get("fused")
             fc1, fc2 = checks.as_tuple("fc1", fc1), checks.as_tuple("fc2", fc2)
-            need = fused.need(x, topk_weights, fc1, fc2)
-            call = autograd.Call(fused, found[0], group, clamp, recompute, _sink(wgrad_sink), need, num_fc1=len(fc1))
-            return autograd.record(call, found[1], x, topk_weights, fc1, fc2)
+            need, sink = chosen.need(x, topk_weights, fc1, fc2), _sink(wgrad_sink)
+            call = autograd.Call(chosen, plan, group, clamp, recompute, sink, need, len(fc1), layer)
+            return autograd.record(call, done, x, topk_weights, fc1, fc2)
     check_clamp(clamp)
     check_choice("recompute", recompute, RECOMPUTE)
     fc1, fc2 = checks.as_tuple("fc1", fc1), checks.as_tuple("fc2", fc2)

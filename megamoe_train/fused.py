@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops, ops_fused, reference
+from . import ops, ops_fused, plain, reference
 from .agreement import wants
 from .config import HIDDEN_MULTIPLE, INTERMEDIATE_MULTIPLE, MAX_TOP_K
 from .experts import StackedExperts, places_of
 from .fused_plan import FusedPlan, workspace_for
 from .launch_order import in_order
-from .plain import PlainCalls
 from .plan import RoutingPlan
 from .workspace import Workspace
 
@@ -79,7 +78,6 @@ class FusedBackend:
 
     def __init__(self):
         self._maps, self._tables = _Recent(CACHED_LAYERS), _Recent(CACHED_GRADIENTS)
-        self.plain = PlainCalls()
 
     def check(
         self, x: Tensor, topk_ids: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...],
@@ -139,7 +137,7 @@ class FusedBackend:
             maps, x, p = self._maps_of(fc1, fc2, x.device), _rows(x), _fp32(weights)
         with plan.workspace.guard.watch(), in_order(x.device) as stream:
             done = plan.run(lambda device_plan: ops_fused.forward(device_plan, x, p, maps, clamp=clamp))
-        self.plain.remember(plan.workspace, fc1, fc2, maps, clamp, stream)
+        plain.remember(plan.workspace, group, fc1, fc2, maps, clamp, stream)
         return done
 
     def backward(
@@ -167,7 +165,7 @@ class FusedBackend:
         first.deliver()
         second.deliver()
         if first.whole_adds and second.whole_adds:
-            self.plain.remember_gradients(first.buffers, second.buffers, *tables, stream)
+            plain.remember_gradients(first.buffers, second.buffers, *tables, stream)
         return reference.Grads(
             dx=dx if need.x else None,
             dweights=dweights if need.weights else None,

@@ -111,7 +111,7 @@ def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_plan.DevicePlan:
         return ops_plan.build_plan(workspace, ids, sizing="exact")
     if workspace.sizing == "fixed":
         plan = ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=capacity_for(workspace, ids.numel()))
-        workspace.unread.append((plan.status, torch.cuda.is_current_stream_capturing()))
+        _note(plan)
         return plan
     if torch.cuda.is_current_stream_capturing():
         raise ValueError(
@@ -119,6 +119,17 @@ def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_plan.DevicePlan:
             'Workspace.create(..., sizing="fixed", capacity=ROWS), where the host reads nothing'
         )
     return ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=capacity_for(workspace, ids.numel()))
+
+
+def note_launch(plan: FusedPlan) -> None:
+    """After a plan was launched without `FusedPlan.build`."""
+    if plan.workspace.sizing == "fixed":
+        _note(plan.device_plan)
+
+
+def _note(plan: ops_plan.DevicePlan) -> None:
+    """Its verdict is read by later calls."""
+    plan.workspace.unread.append((plan.status, torch.cuda.is_current_stream_capturing()))
 
 
 def capacity_for(workspace: Workspace, slots: int) -> int:

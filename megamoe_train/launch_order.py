@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 _last: dict[int, tuple[int, torch.cuda.Stream | None]] = {}  # device -> raw stream of the last launch, and itself
+_NOWHERE = (None, None)
 
 
 class in_order:
@@ -35,3 +36,12 @@ class in_order:
 
     def __exit__(self, *_) -> None:
         pass
+
+
+def unchanged_stream(index: int) -> int | None:
+    """The raw current stream of device `index`, where the last launches were on it too, so that a block has nothing to
+    order. None where they were not, or a graph captures it."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    raw = torch._C._cuda_getCurrentRawStream(index)
+    return raw if _last.get(index, _NOWHERE)[0] == raw else None

@@ -164,7 +164,7 @@ class Workspace:
         self.most_rows = 0  # M of the largest load so far
         statuses = torch.zeros(STATUS_SLOTS, STATUS_INTS, dtype=torch.int64, pin_memory=memory.is_cuda)
         self.statuses = statuses.unbind(0)  # cut once, not in every call
-        self._status_words = memoryview(statuses.view(-1).numpy())
+        self._status_words, self._status_address = memoryview(statuses.view(-1).numpy()), statuses.data_ptr()
         self.plans = 0
         self.kept_slots: set[int] = set()  # statuses that captured graphs write again at every replay
         self.unread: list[tuple[Tensor, bool]] = []  # statuses nobody waits for, and whether a graph has captured them
@@ -241,14 +241,24 @@ class Workspace:
     def next_status(self) -> Tensor:
         """int64 [8] of pinned host memory for the verdict of the next plan, its first word 0, which the verdict sets
         last; used again 1024 plans later."""
+        self.offer_status()
+        if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.kept_slots.add(self.plans % STATUS_SLOTS)
+        return self.take_status()
+
+    def offer_status(self) -> int:
+        """Its address, for a plan that may not come about: only take_status, once it has, goes on to the next."""
         if len(self.kept_slots) == STATUS_SLOTS:
             raise RuntimeError(f"workspace: captured graphs hold all {STATUS_SLOTS} verdicts; capture with another one")
         while self.plans % STATUS_SLOTS in self.kept_slots:
             self.plans += 1
+        first = self.plans % STATUS_SLOTS * STATUS_INTS
+        self._status_words[first] = 0
+        return self._status_address + 8 * first
+
+    def take_status(self) -> Tensor:
+        """The memory offered last, not cleared again."""
         slot, self.plans = self.plans % STATUS_SLOTS, self.plans + 1
-        if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
-            self.kept_slots.add(slot)
-        self._status_words[slot * STATUS_INTS] = 0
         return self.statuses[slot]
 
     def launching(self) -> _Launching:

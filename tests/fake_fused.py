@@ -37,6 +37,7 @@ class FakeWorkspace(Workspace):
         self.high_water = self.most_rows = self.plans = self.aborted = 0
         statuses = torch.zeros(workspace.STATUS_SLOTS, workspace.STATUS_INTS, dtype=torch.int64)
         self.statuses, self._status_words = statuses.unbind(0), memoryview(statuses.view(-1).numpy())
+        self._status_address = statuses.data_ptr()
         self.kept_slots, self.unread = set(), []
         self.closed, self.group = False, None
 
@@ -160,7 +161,7 @@ def fused(monkeypatch):
     monkeypatch.setattr(plans, "_shared", {})
     monkeypatch.setattr(plans.Workspace, "create", lambda shape, device: FakeWorkspace(shape))
     for part in (module, plans):
-        monkeypatch.setattr(part, "in_order", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(part, "in_order", lambda device: contextlib.nullcontext())  # of no stream
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(module.ops, "raw_stream", lambda device: 0)
     from megamoe_train import backends

@@ -75,7 +75,8 @@ def load(library: str, seed: int, deadline_s: float = DEADLINE_S) -> None:
     ops.pinned_bytes = lambda *size: torch.empty(*size, dtype=torch.uint8)
     ops_plan.stream_of = lambda workspace: EmulatedRanks.current
     torch.cuda.is_current_stream_capturing = lambda: False
-    fused.in_order = fused_plan.in_order = plain.in_order = lambda _: contextlib.nullcontext(EmulatedRanks.current)
+    fused.in_order = fused_plan.in_order = lambda _: contextlib.nullcontext(EmulatedRanks.current)
+    plain.unchanged_stream = lambda _: EmulatedRanks.current
     backends.register(fused.FusedBackend())
     backends.resolve = lambda *_: "fused"
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
