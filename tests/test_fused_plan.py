@@ -99,9 +99,12 @@ def test_a_captured_plan_is_judged_at_every_replay(fused, monkeypatch):  # noqa:
 def test_statuses_of_captured_plans_are_not_used_again(monkeypatch):
     space = two_ranks()
     space.memory = type("OnCuda", (), {"is_cuda": True})()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: space.plans == 2)
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     space.next_status()
+    capturing = True
     kept = space.next_status()
+    capturing = False
     seen = {space.next_status().data_ptr() for _ in range(3000)}
     assert kept.data_ptr() not in seen and len(seen) == len(space.statuses) - 1
 
