@@ -80,10 +80,13 @@ void set_gradients(FusedArgs& args, int which, const OptionalTensor& table, bool
     args.accumulate[which] = accumulate;
 }
 
-// step 0: stage and announce; 1: the fused launch; 2: both.
+// What is left to do of a pass: all, all but the staging, or the fused launch alone.
+enum Step : int64_t { kBegin = 0, kLaunch = 1, kBoth = 2, kStaged = 3 };
+
 void run_step(int64_t step, const FusedArgs& args) {
-    if (step != 1) begin_fused(args);
-    if (step != 0) run_fused(args);
+    if (step == kBegin || step == kBoth) stage_fused(args);
+    if (step != kLaunch) announce_fused(args);
+    if (step != kBegin) run_fused(args);
 }
 
 void forward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, OptionalTensor source_of, Tensor x,
@@ -159,7 +162,7 @@ struct Plain {
     }
 };
 
-// Plan and forward of a plain call: y, h, the plan's tables. Nothing (and nothing launched) where it is not plain, or
+// Plan and forward of a plain call: y, h, the plan's tables. Nothing (and nothing announced) where it is not plain, or
 // where memory for its results is short.
 std::vector<Tensor> plan_and_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, std::vector<Tensor> fc1,
                                      std::vector<Tensor> fc2, Tensor addresses, Tensor maps, int64_t inter,
@@ -175,6 +178,14 @@ std::vector<Tensor> plan_and_forward(Tensor handle, Tensor x, Tensor ids, Tensor
     const int64_t local = workspace.experts / workspace.ranks;
     plain.expect_layer(fc1, fc2, ScalarType::BFloat16, local, hidden, inter, addresses);
     if (!plain.good) return {};
+    // First of all: it keeps the GPU busy while the rest is prepared.
+    FusedArgs rows{};
+    rows.workspace = workspace;
+    rows.tokens = tokens;
+    rows.x = x.data_ptr();
+    rows.weights = static_cast<const float*>(weights.data_ptr());
+    rows.stream = reinterpret_cast<cudaStream_t>(stream);
+    stage_fused(rows);
 
     const int64_t tables_bytes = plan_bytes(workspace, tokens) + 8 * capacity;
     std::optional<Tensor> tables, y, h, scratch;
@@ -195,7 +206,7 @@ std::vector<Tensor> plan_and_forward(Tensor handle, Tensor x, Tensor ids, Tensor
     plan.status = status;
     plan.stream = reinterpret_cast<cudaStream_t>(stream);
     run_plan(PlanPhase::kAll, plan);
-    forward(2, handle, capacity, *tables, {}, x, weights, maps, *h, *y, *scratch, limit, 0, stream);
+    forward(kStaged, handle, capacity, *tables, {}, x, weights, maps, *h, *y, *scratch, limit, 0, stream);
     return {*y, *h, *tables};
 }
 
@@ -226,7 +237,7 @@ std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor table
         dweights = torch::stable::new_empty(x, {tokens, workspace.top_k}, ScalarType::Float);
         more = new_bytes(x, layout.more_bytes);
     } catch (const std::exception&) { return {}; }
-    backward(2, handle, capacity, tables, {}, dy, x, weights, h, maps, table1, table2, true, true, *dx, *dweights,
+    backward(kBoth, handle, capacity, tables, {}, dy, x, weights, h, maps, table1, table2, true, true, *dx, *dweights,
              *scratch, *more, limit, 0, stream);
     return {*dx, *dweights};
 }

@@ -133,7 +133,15 @@ void run_rows(RowsPhase phase, const RowsArgs& args) {
     params.control_ints = kRowsControlInts;
     const int num_sms = args.num_sms > 0 ? args.num_sms : sm_count();
     switch (phase) {
-        case RowsPhase::kStage: return check(launch_stage(params, args.stream), "launching stage");
+        case RowsPhase::kStage:
+            return check(launch_stage({params.peers,
+                                       params.cut.row_bytes,
+                                       params.tokens,
+                                       params.top_k,
+                                       1,
+                                       {{params.buffer, params.tokens_in, params.weights}}},
+                                      args.stream),
+                         "launching stage");
         case RowsPhase::kAnnounceStaged:
             return check(launch_announce(params, 1u << params.buffer, args.stream), "launching announce");
         case RowsPhase::kAnnounce: return check(launch_announce(params, 0, args.stream), "launching announce");

@@ -123,20 +123,16 @@ void pulls_of(const FusedArgs& args, FusedParams& params) {
     params.num_pulls = args.second_pool == nullptr ? 1 : 2;
 }
 
-RowsParams staging_of(const FusedArgs& args, int buffer, const void* tokens, const float* weights) {
-    RowsParams rows{};
-    rows.peers = peers_of(args.workspace);
-    rows.cut = cut_rows(static_cast<int>(args.workspace.hidden));
-    rows.op = args.backward ? Op::kBackward : Op::kForward;
-    rows.buffer = buffer;
-    rows.top_k = static_cast<int>(args.workspace.top_k);
-    rows.tokens = static_cast<int>(args.tokens);
-    rows.plan_control = args.plan.control;
-    rows.tokens_in = static_cast<uint8_t*>(const_cast<void*>(tokens));
-    rows.weights = weights;
-    rows.control = args.counters;
-    rows.control_ints = static_cast<int>(counter_ints(args.capacity, args.tokens));
-    return rows;
+StageParams staging_of(const FusedArgs& args) {
+    StageParams stage{};
+    stage.peers = peers_of(args.workspace);
+    stage.row_bytes = 2 * args.workspace.hidden;
+    stage.tokens = static_cast<int>(args.tokens);
+    stage.top_k = static_cast<int>(args.workspace.top_k);
+    if (args.backward) stage.rows[stage.count++] = {1, args.dy, args.weights};
+    if (!args.backward) stage.rows[stage.count++] = {0, args.x, args.weights};
+    if (args.second_pool != nullptr) stage.rows[stage.count++] = {0, args.x, nullptr};
+    return stage;
 }
 
 }  // namespace
@@ -149,13 +145,18 @@ void preload_kernels() {
     check(load_backward_kernel(), "loading the fused backward");
 }
 
-void begin_fused(const FusedArgs& args) {
-    const bool alone = args.workspace.ranks == 1;
-    const bool second = args.backward && args.second_pool != nullptr;
-    const int first = args.backward ? 1 : 0;
-    const RowsParams rows = staging_of(args, first, args.backward ? args.dy : args.x, args.weights);
-    if (!alone) check(launch_stage(rows, args.stream), "staging rows");
-    if (!alone && second) check(launch_stage(staging_of(args, 0, args.x, nullptr), args.stream), "staging x");
+void stage_fused(const FusedArgs& args) {
+    require(args.tokens <= args.workspace.tokens, "T", args.tokens, "at most the workspace's tokens");
+    if (args.workspace.ranks > 1) check(launch_stage(staging_of(args), args.stream), "staging rows");
+}
+
+void announce_fused(const FusedArgs& args) {
+    RowsParams rows{};
+    rows.peers = peers_of(args.workspace);
+    rows.op = args.backward ? Op::kBackward : Op::kForward;
+    rows.plan_control = args.plan.control;
+    rows.control = args.counters;
+    rows.control_ints = static_cast<int>(counter_ints(args.capacity, args.tokens));
     check(launch_announce(rows, staged_buffers(args), args.stream), "launching announce");
 }
 
@@ -195,7 +196,7 @@ void run_fused(const FusedArgs& args) {
     params.row_bytes = 2 * hidden;
     params.claim_rows = claim_rows(params.row_bytes);
     params.first_rows = first_rows(params.products[0].gemm, params.products[0].n_extent, clusters);
-    params.pull_lead = pull_lead(rows);
+    params.pull_lead = pull_lead(rows, params.row_bytes);
     params.tiles = static_cast<int>(args.capacity / kRowTile);
     params.h = static_cast<const uint8_t*>(args.h);
     params.row_weights = args.row_weights;

@@ -45,8 +45,11 @@ struct FusedArgs {
 // Loads every kernel whose launch another rank may be waiting for. Throws std::runtime_error.
 void preload_kernels();
 
-// Copies what peers will pull into this rank's staging buffers and announces the operation.
-void begin_fused(const FusedArgs& args);
+// Copies what peers will pull into this rank's staging buffers. Needs no plan and no memory of the pass.
+void stage_fused(const FusedArgs& args);
+
+// Announces the operation, with what was staged.
+void announce_fused(const FusedArgs& args);
 
 void run_fused(const FusedArgs& args);
 

@@ -13,24 +13,40 @@ static_assert(kAnnounceThreads >= kMaxRanks);
 
 // Waits by one small CTA: a wide kernel that waits holds every SM, and keeps other kernels off it, those too that only
 // need another split of L1 and shared memory.
-__global__ void wait_pulled_kernel(const __grid_constant__ RowsParams params) {
+__global__ void wait_pulled_kernel(const __grid_constant__ StageParams params) {
     const Peers& peers = params.peers;
     if (threadIdx.x >= peers.ranks) return;
-    const uint32_t last = static_cast<uint32_t>(state_word(peers, kStateStagedEpoch + params.buffer));
-    const int64_t index = int64_t{params.buffer} * peers.ranks + threadIdx.x;
-    wait_word(peers, words(peers, peers.rank, peers.layout.pulled) + index, last, Waiting::kPulled, threadIdx.x);
+    for (int i = 0; i < params.count; ++i) {
+        const int buffer = params.rows[i].buffer;
+        const uint32_t last = static_cast<uint32_t>(state_word(peers, kStateStagedEpoch + buffer));
+        const int64_t index = int64_t{buffer} * peers.ranks + threadIdx.x;
+        wait_word(peers, words(peers, peers.rank, peers.layout.pulled) + index, last, Waiting::kPulled, threadIdx.x);
+    }
 }
 
-__global__ void __launch_bounds__(kStageThreads) stage_kernel(const __grid_constant__ RowsParams params) {
+// A row of CTAs for each buffer. Four copies of a thread are under way at a time.
+__global__ void __launch_bounds__(kStageThreads) stage_kernel(const __grid_constant__ StageParams params) {
+    constexpr int kDepth = 4;
     const Peers& peers = params.peers;
+    const StagedRows& rows = params.rows[blockIdx.y];
     const int64_t step = int64_t{gridDim.x} * kStageThreads, start = int64_t{blockIdx.x} * kStageThreads + threadIdx.x;
-    const int64_t parts = int64_t{params.tokens} * params.cut.row_bytes / 16;
-    const uint4* from = reinterpret_cast<const uint4*>(params.tokens_in);
-    uint4* to = reinterpret_cast<uint4*>(staging(peers, peers.rank, params.buffer));
-    for (int64_t i = start; i < parts; i += step) to[i] = from[i];
-    if (params.weights == nullptr) return;
-    float* weights = staged_weights(peers, peers.rank, params.buffer);
-    for (int64_t i = start; i < int64_t{params.tokens} * params.top_k; i += step) weights[i] = params.weights[i];
+    const int64_t parts = params.tokens * params.row_bytes / 16;
+    const uint4* from = static_cast<const uint4*>(rows.tokens);
+    uint4* to = reinterpret_cast<uint4*>(staging(peers, peers.rank, rows.buffer));
+    for (int64_t first = start; first < parts; first += kDepth * step) {
+        uint4 part[kDepth];
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            if (first + i * step < parts) part[i] = from[first + i * step];
+        }
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            if (first + i * step < parts) to[first + i * step] = part[i];
+        }
+    }
+    if (rows.weights == nullptr) return;
+    float* weights = staged_weights(peers, peers.rank, rows.buffer);
+    for (int64_t i = start; i < int64_t{params.tokens} * params.top_k; i += step) weights[i] = rows.weights[i];
 }
 
 // Staged -> ready: the staging copy, and for a combine the last sum over the slots, are earlier launches of this
@@ -80,9 +96,9 @@ __global__ void abort_kernel(const __grid_constant__ Peers peers) {
 
 }  // namespace
 
-cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream) {
+cudaError_t launch_stage(const StageParams& params, cudaStream_t stream) {
     wait_pulled_kernel<<<1, kMaxRanks, 0, stream>>>(params);
-    stage_kernel<<<kStageBlocks, kStageThreads, 0, stream>>>(params);
+    stage_kernel<<<dim3(kStageBlocks, params.count), kStageThreads, 0, stream>>>(params);
     return cudaGetLastError();
 }
 

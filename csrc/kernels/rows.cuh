@@ -10,8 +10,26 @@ namespace megamoe {
 cudaError_t load_dispatch_kernels();  // see load.cuh
 cudaError_t load_combine_kernels();
 
-// Copies tokens_in and weights into this rank's staging buffer, once every peer has pulled what it held before.
-cudaError_t launch_stage(const RowsParams& params, cudaStream_t stream);
+// What goes into one staging buffer.
+struct StagedRows {
+    int buffer;
+    const void* tokens;    // [T, H] bf16
+    const float* weights;  // [T, K]; null: none
+};
+
+// Fills up to kStagingBuffers of them.
+struct StageParams {
+    Peers peers;
+    int64_t row_bytes;
+    int tokens;
+    int top_k;
+    int count;
+    StagedRows rows[kStagingBuffers];
+};
+
+// Copies tokens and weights into this rank's staging buffers, once every peer has pulled what they held before. Needs
+// no plan, and may be done again until it is announced.
+cudaError_t launch_stage(const StageParams& params, cudaStream_t stream);
 
 // Starts an operation: counts its epoch, zeroes its control block and sends the ready word to all peers.
 // `staged`: the staging buffers that the operation offers, a bit each.

@@ -1,11 +1,13 @@
 // Which rows are pulled when, and by whom. Pure, the same code on device, host and in the CPU test.
 #pragma once
+#include <cstdint>
+
 #include "schedule/order.cuh"
 
 namespace megamoe {
 
-constexpr int kPullLeadRows = 8192;     // rows pulled ahead of those in work: soon enough, and still in L2 when read
-constexpr int kPullClaimBytes = 16384;  // small claims, so that the first expert's rows are there soon
+constexpr int kPullLeadBytes = 12 << 20;  // rows pulled ahead of those in work: soon enough, and still in L2 when read
+constexpr int kPullClaimBytes = 16384;    // small claims, so that the first expert's rows are there soon
 
 // Rows of a claim: a power of two up to 32, so that none crosses a row tile.
 MEGAMOE_HD constexpr int claim_rows(int row_bytes) {
@@ -20,7 +22,10 @@ MEGAMOE_HD constexpr int first_rows(Gemm gemm, int n_extent, int clusters) {
 }
 
 // Experts that rows are pulled ahead of the frontier. rows: of an expert, on average.
-MEGAMOE_HD constexpr int pull_lead(int rows) { return 1 + ceil_div(kPullLeadRows, rows > 0 ? rows : 1); }
+MEGAMOE_HD constexpr int pull_lead(int rows, int row_bytes) {
+    const int64_t bytes = int64_t{rows > 0 ? rows : 1} * row_bytes;
+    return static_cast<int>(1 + (kPullLeadBytes + bytes - 1) / bytes);
+}
 
 // Where the frontier must be before a mover pulls rows of `expert`.
 MEGAMOE_HD constexpr int least_frontier(int expert, int lead) { return expert - lead; }

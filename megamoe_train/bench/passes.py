@@ -1,8 +1,8 @@
 """Alternating timing of forward and backward passes over one or several ranks.
 
-Every candidate runs once per iteration, in rotated order. Before a pass the ranks meet on the device, so that a late
-host does not count as communication. `paced`: 40 ms idle before each pass, then a spin that covers the launch.
-`sustained`: back to back.
+Every candidate runs once per iteration, forward and then backward, in rotated order. Before a pass the ranks meet on the
+device, so that a late host does not count as communication. `paced`: 40 ms idle before each forward, whose clock starts
+after a spin of 0.2 ms on every rank: what the host needs longer than that counts. `sustained`: back to back.
 """
 
 from __future__ import annotations
@@ -41,16 +41,19 @@ class Clock:
         self.group, self.paced = group, paced
         self.token = torch.zeros(1, device="cuda")
 
-    def align(self) -> None:
-        if self.paced:
+    def align(self, rested: bool) -> None:
+        rested = rested and self.paced
+        if rested:
             torch.cuda.synchronize()
             time.sleep(IDLE_S)
-            torch.cuda._sleep(LEAD_CYCLES)
         if self.group is not None:
             dist.all_reduce(self.token, group=self.group)  # no stream goes on before every rank's is here
+        if rested:
+            torch.cuda._sleep(LEAD_CYCLES)  # after it: launching the all-reduce takes as long
 
-    def time(self, spans: Spans, call, *args):
-        self.align()
+    def time(self, spans: Spans, rested: bool, call, *args):
+        """rested: in the paced mode, idle before."""
+        self.align(rested)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         begin = time.perf_counter()
@@ -73,9 +76,9 @@ def alternate(
         given = inputs[iteration % len(inputs)]
         for name in names[turn:] + names[:turn]:
             spans = {one: found.get((name, one), Spans()) if iteration >= 0 else Spans() for one in PASSES}
-            state = clock.time(spans["fwd"], candidates[name].forward, given)
+            state = clock.time(spans["fwd"], True, candidates[name].forward, given)
             if "bwd" in passes:
-                clock.time(spans["bwd"], candidates[name].backward, given, state)
+                clock.time(spans["bwd"], False, candidates[name].backward, given, state)
             del state
     torch.cuda.synchronize()
     medians = [[statistics.median(spans.milliseconds()), statistics.median(spans.host_ms)] for spans in found.values()]

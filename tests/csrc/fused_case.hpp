@@ -122,7 +122,7 @@ inline void choose_schedule(Case& work, int even) {
                                : forward_order(work.local, even, work.inter, work.clusters);
     work.claim_rows = claim_rows(2 * work.hidden);
     work.first_rows = first_rows(first.gemm, first.n_extent, work.clusters);
-    work.pull_lead = pull_lead(even);
+    work.pull_lead = pull_lead(even, 2 * work.hidden);
 }
 
 inline Case random_case(Random& random) {

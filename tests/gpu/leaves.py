@@ -85,9 +85,8 @@ def plain_passes() -> Iterator[list[str]]:
         yield passes
 
 
-def assert_plain_passes(layer: Layer, **options) -> None:
+def assert_plain_passes(leaves: Leaves, **options) -> None:
     """A layer's second step is launched by one operator a pass, with the bits of the first; no unusual one is."""
-    leaves = Leaves(layer)
     buffers = buffers_of(leaves, 1.0)
     options |= {"wgrad_sink": MainGrads(buffers)}
 

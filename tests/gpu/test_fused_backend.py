@@ -45,9 +45,9 @@ def test_against_fp64_through_autograd(poisoned, recompute):
 
 @pytest.mark.parametrize("sizing", [{}, {"sizing": "fixed", "capacity": 4096}], ids=["high-water", "fixed"])
 def test_the_second_step_takes_one_operator_a_pass(poisoned, sizing):
-    assert_plain_passes(Layer(CASE))
+    assert_plain_passes(Leaves(Layer(CASE)))
     space = Workspace.create(WorkspaceShape(1, 8, 3, 512, 600), deadline_s=5.0, **sizing)
-    assert_plain_passes(Layer(CASE), workspace=space)
+    assert_plain_passes(Leaves(Layer(CASE)), workspace=space)
     space.close()
 
 

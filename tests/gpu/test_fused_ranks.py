@@ -7,9 +7,10 @@ import torch.distributed as dist
 from megamoe_train import MegaMoE, MegaMoEConfig, Workspace, WorkspaceShape
 from megamoe_train.bench import ranks as processes
 from megamoe_train.functional import moe
+from megamoe_train.fused_plan import FusedPlan
 from tests.gpu.fused_run import shape_of
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
-from tests.gpu.leaves import Leaves, MainGrads
+from tests.gpu.leaves import Leaves, MainGrads, assert_plain_passes, plain_passes
 from tests.gpu.virtual import DELAY, Load
 from tests.workloads import ROUTINGS
 
@@ -87,6 +88,29 @@ def _overflow() -> None:
     assert same(step(hot, space), result)
     plans = space.plans
     assert same(step(hot, space), result) and space.plans == plans + 1  # it fits now: one plan a forward
+    space.close()
+
+
+def _plain() -> None:
+    """Second steps by one operator a pass; one of them outgrows the high water, and one rank is late."""
+    poison()
+    rank, load = dist.get_rank(), {"tokens": (1024, 1024), "top_k": 2, "experts": 16}
+    calm, hot = (Layer(Case(Load(kind, *load.values()), 512, 256, 1.0, 3.0)) for kind in ("balanced", "hot_rank"))
+    space = Workspace.create(shape_of(calm), group=dist.group.WORLD, deadline_s=5.0)
+    options = {"group": dist.group.WORLD, "workspace": space}
+    assert_plain_passes(leaves := RankLeaves(calm, rank), **options)
+    routed = space.high_water
+    leaves.ids = hot.ids[rank]
+    with plain_passes() as passes, torch.no_grad():
+        first = leaves.forward(**options)
+        grown = torch.tensor(space.high_water > routed, device="cuda").int()
+        dist.all_reduce(grown)
+        if rank == 1:
+            torch.cuda._sleep(DELAY)
+        second = leaves.forward(**options)
+    assert int(grown) == 1 and passes == ["forward"] * 2 and torch.equal(first, second)
+    planned = FusedPlan.build(space, leaves.ids)
+    assert torch.equal(leaves.forward(plan=planned, **options), first)
     space.close()
 
 
@@ -191,7 +215,7 @@ def _training() -> None:
 
 CHECKS = {
     check.__name__: check
-    for check in (_workloads, _overflow, _bad_ids, _refusals, _uneven_needs, _pipeline_order, _training)
+    for check in (_workloads, _overflow, _plain, _bad_ids, _refusals, _uneven_needs, _pipeline_order, _training)
 }
 
 

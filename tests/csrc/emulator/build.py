@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 EMULATOR = ("emulator.cpp", "copies.cpp", "matrix.cpp")
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-w", "-Wno-psabi", "-x", "c++")
-SMALLER = {"schedule/pulls.cuh": ("kPullLeadRows = 8192", "kPullLeadRows = 1")}  # so that small loads wait for it
+SMALLER = {"schedule/pulls.cuh": ("kPullLeadBytes = 12 << 20", "kPullLeadBytes = 1")}  # so that small loads wait for it
 
 
 def rewritten(text: str) -> str:
