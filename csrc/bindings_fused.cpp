@@ -162,11 +162,28 @@ struct Plain {
     }
 };
 
-// Plan and forward of a plain call: y, h, the plan's tables. Nothing (and nothing announced) where it is not plain, or
-// where memory for its results is short.
-std::vector<Tensor> plan_and_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, std::vector<Tensor> fc1,
-                                     std::vector<Tensor> fc2, Tensor addresses, Tensor maps, int64_t inter,
-                                     int64_t capacity, int64_t status, double limit, int64_t stream) {
+// A plan in one call, into tables of its own.
+void plan_tokens(const WorkspaceHandle& workspace, const Tensor& ids, int64_t capacity, const Tensor& tables,
+                 int64_t status, int64_t stream) {
+    PlanArgs plan{};
+    plan.workspace = workspace;
+    plan.wide_ids = ids.scalar_type() == ScalarType::Long;
+    plan.ids = ids.data_ptr();
+    plan.tokens = ids.size(0);
+    plan.row_tile = kCounterTileRows;
+    plan.capacity = capacity;
+    plan.plan = plan_of(workspace, plan.tokens, capacity, tables, {});
+    plan.status = status;
+    plan.stream = reinterpret_cast<cudaStream_t>(stream);
+    run_plan(PlanPhase::kAll, plan);
+}
+
+// Forward of a plain call, and its plan where `planned`, its tables, is not given: y, h, the plan's tables. Nothing
+// (and nothing announced) where it is not plain, or where memory for its results is short.
+std::vector<Tensor> plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, std::vector<Tensor> fc1,
+                                  std::vector<Tensor> fc2, Tensor addresses, Tensor maps, int64_t inter,
+                                  OptionalTensor planned, int64_t capacity, int64_t status, double limit,
+                                  int64_t stream) {
     const WorkspaceHandle workspace = handle_of(handle);
     const int64_t tokens = x.dim() == 2 ? x.size(0) : 0, hidden = workspace.hidden;
     if (tokens == 0 || tokens > workspace.tokens) return {};
@@ -187,30 +204,20 @@ std::vector<Tensor> plan_and_forward(Tensor handle, Tensor x, Tensor ids, Tensor
     rows.stream = reinterpret_cast<cudaStream_t>(stream);
     stage_fused(rows);
 
-    const int64_t tables_bytes = plan_bytes(workspace, tokens) + 8 * capacity;
-    std::optional<Tensor> tables, y, h, scratch;
+    std::optional<Tensor> tables = planned, y, h, scratch;
     try {
-        tables = torch::stable::new_empty(x, {tables_bytes / 4}, ScalarType::Int);
+        const int64_t ints = (plan_bytes(workspace, tokens) + 8 * capacity) / 4;
+        if (!planned) tables = torch::stable::new_empty(x, {ints}, ScalarType::Int);
         scratch = new_bytes(x, scratch_layout(capacity, tokens, hidden, inter).bytes);
         y = torch::stable::new_empty(x, {tokens, hidden});
         h = torch::stable::new_empty(x, {capacity, 2 * inter});
     } catch (const std::exception&) { return {}; }
-    PlanArgs plan{};
-    plan.workspace = workspace;
-    plan.wide_ids = wide;
-    plan.ids = ids.data_ptr();
-    plan.tokens = tokens;
-    plan.row_tile = kCounterTileRows;
-    plan.capacity = capacity;
-    plan.plan = plan_of(workspace, tokens, capacity, *tables, {});
-    plan.status = status;
-    plan.stream = reinterpret_cast<cudaStream_t>(stream);
-    run_plan(PlanPhase::kAll, plan);
+    if (!planned) plan_tokens(workspace, ids, capacity, *tables, status, stream);
     forward(kStaged, handle, capacity, *tables, {}, x, weights, maps, *h, *y, *scratch, limit, 0, stream);
     return {*y, *h, *tables};
 }
 
-// Backward of a plain call, into gradients that are added to: dx, dweights. Else nothing, as plan_and_forward.
+// Backward of a plain call, into gradients that are added to: dx, dweights. Else nothing, as plain_forward.
 // gradient_addresses, table1, table2: where the gradients' tensor maps expect them; the maps.
 std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor tables, Tensor dy, Tensor x, Tensor weights,
                                    Tensor h, Tensor maps, std::vector<Tensor> fc1, std::vector<Tensor> fc2,
@@ -259,8 +266,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
         " Tensor(a!) dx, Tensor(b!) dweights, Tensor(c!) scratch, Tensor(d!) more, float limit, int num_sms,"
         " int stream) -> ()");
     m.def(
-        "plan_and_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, Tensor[] fc1, Tensor[] fc2,"
-        " Tensor addresses, Tensor maps, int inter, int capacity, int status, float limit, int stream) -> Tensor[]");
+        "plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, Tensor[] fc1, Tensor[] fc2,"
+        " Tensor addresses, Tensor maps, int inter, Tensor? planned, int capacity, int status, float limit, int stream)"
+        " -> Tensor[]");
     m.def(
         "plain_backward(Tensor handle, int capacity, Tensor tables, Tensor dy, Tensor x, Tensor weights, Tensor h,"
         " Tensor maps, Tensor[] fc1, Tensor[] fc2, Tensor addresses, Tensor(a!)[] dfc1, Tensor(b!)[] dfc2,"
@@ -277,13 +285,13 @@ STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) { m.impl("scratch_layout", TORCH_BOX(
 
 // Results are recorded by nobody but autograd.py.
 STABLE_TORCH_LIBRARY_IMPL(megamoe, Autograd, m) {
-    m.impl("plan_and_forward", TORCH_BOX(&plan_and_forward));
+    m.impl("plain_forward", TORCH_BOX(&plain_forward));
     m.impl("plain_backward", TORCH_BOX(&plain_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CUDA, m) {
     m.impl("fused_forward", TORCH_BOX(&forward));
     m.impl("fused_backward", TORCH_BOX(&backward));
-    m.impl("plan_and_forward", TORCH_BOX(&plan_and_forward));
+    m.impl("plain_forward", TORCH_BOX(&plain_forward));
     m.impl("plain_backward", TORCH_BOX(&plain_backward));
 }

@@ -53,9 +53,9 @@ def moe(
         backends.BackendUnavailable: the backend cannot run on these tensors here.
         watchdog.MegaMoETimeout: a rank has not come, or has failed (fused). The process has to be restarted.
     """
-    if plan is None and recompute in RECOMPUTE and backend in ("auto", "fused"):
+    if recompute in RECOMPUTE and backend in ("auto", "fused"):
         # All that follows in one step, where it is what this layer did before.
-        found = plain.forward(x, topk_ids, topk_weights, fc1, fc2, clamp, group, workspace)
+        found = plain.forward(x, topk_ids, topk_weights, fc1, fc2, clamp, group, workspace, plan)
         if found is not None:
             layer, plan, done = found
             chosen = backends.get("fused")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import fused_plan, ops, ops_fused, ops_plan
+from . import backends, fused_plan, ops, ops_fused, ops_plan
 from .experts import StackedExperts
 from .fused_plan import FusedPlan
 from .launch_order import unchanged_stream
@@ -33,6 +33,7 @@ class Layer:
     """What the long way has found out about a layer."""
 
     workspace: Workspace
+    is_shared: bool  # the workspace is one that callers do not bring
     group: dist.ProcessGroup | None
     clamp: float | None
     limit: float
@@ -52,8 +53,8 @@ class _Gradients:
     stream: int
 
 
-# By id of a layer's first tensor: the operators find out where that is another one by now.
-_layers: dict[tuple[int, int, int], Layer] = {}
+# By id of a layer's first tensor (and of the group): the operators find out where that is another one by now.
+_layers: dict[tuple[int, int], Layer] = {}
 _gradients: dict[int, _Gradients] = {}
 
 
@@ -65,10 +66,12 @@ def remember(
     experts.per_expert gives them."""
     if stream is None or workspace.sizing == "exact":
         return
-    where, limit = workspace.memory.get_device(), ops_fused.limit_of(clamp)
-    layer = Layer(workspace, group, clamp, limit, maps, ops.addresses([*fc1, *fc2]), stream, where)
-    given = None if fused_plan.is_shared(workspace) else workspace
-    _keep(_layers, (_key(fc1), id(group), id(given)), layer)
+    key = _key(fc1), id(group)
+    if (found := _layers.get(key)) and found.maps is maps and found.workspace is workspace and found.clamp == clamp:
+        return  # known, and yet something is unusual
+    where, limit, shared = workspace.memory.get_device(), ops_fused.limit_of(clamp), fused_plan.is_shared(workspace)
+    layer = Layer(workspace, shared, group, clamp, limit, maps, ops.addresses([*fc1, *fc2]), stream, where)
+    _keep(_layers, key, layer)
 
 
 def remember_gradients(
@@ -83,22 +86,31 @@ def remember_gradients(
 
 def forward(
     x: Tensor, ids: Tensor, weights: Tensor, fc1: Tensor | Sequence[Tensor], fc2: Tensor | Sequence[Tensor],
-    clamp: float | None, group: dist.ProcessGroup | None, workspace: Workspace | None,
+    clamp: float | None, group: dist.ProcessGroup | None, workspace: Workspace | None, plan: backends.Plan | None,
 ) -> tuple[Layer, FusedPlan, tuple[Tensor, Tensor]] | None:  # fmt: skip
-    """The layer, the plan of these ids, (y, h). None: not plain, nothing is launched."""
+    """The layer, the plan of these ids (the given one, if any), (y, h). None: not plain, nothing is launched."""
     fc1, fc2 = _experts(fc1), _experts(fc2)
-    layer = _layers.get((id(fc1[0]), id(group), id(workspace))) if fc1 and fc2 else None
+    layer = _layers.get((id(fc1[0]), id(group))) if fc1 and fc2 else None
     if layer is None or layer.clamp != clamp or not {type(x), type(ids), type(weights)} <= TENSORS:
         return None
     home, stream = layer.workspace, unchanged_stream(layer.device)
     if stream is None or stream != layer.stream or home.closed:
         return None
+    if plan is None:
+        if workspace is not home and not (workspace is None and layer.is_shared):
+            return None
+        tables, capacity = None, fused_plan.capacity_for(home, ids.numel())
+    else:
+        if type(plan) is not FusedPlan or plan.workspace is not home or workspace not in (None, home):
+            return None
+        tables, capacity = plan.device_plan.tables, plan.device_plan.capacity
+        if plan.device_plan.home != stream or plan.topk_ids.shape != ids.shape:
+            return None
     home.guard.check()
-    capacity = fused_plan.capacity_for(home, ids.numel())
     try:
-        done = torch.ops.megamoe.plan_and_forward(
-            home.handle, x, ids, weights, fc1, fc2, layer.addresses, layer.maps.table, layer.maps.inter, capacity,
-            home.offer_status(), layer.limit, stream,
+        done = torch.ops.megamoe.plain_forward(
+            home.handle, x, ids, weights, fc1, fc2, layer.addresses, layer.maps.table, layer.maps.inter, tables,
+            capacity, home.offer_status(), layer.limit, stream,
         )  # fmt: skip
     except Exception:
         with home.launching():
@@ -106,8 +118,9 @@ def forward(
     if not done:
         return None
     y, h, tables = done
-    plan = FusedPlan(home, ids, ops_plan.DevicePlan(home, ids, capacity, home.take_status(), tables, stream))
-    fused_plan.note_launch(plan)
+    if plan is None:
+        plan = FusedPlan(home, ids, ops_plan.DevicePlan(home, ids, capacity, home.take_status(), tables, stream))
+        fused_plan.note_launch(plan)
 
     def again(device_plan: ops_plan.DevicePlan) -> tuple[Tensor, Tensor]:
         return ops_fused.forward(device_plan, x, weights, layer.maps, clamp=clamp)

@@ -1,8 +1,8 @@
 """Alternating timing of forward and backward passes over one or several ranks.
 
-Every candidate runs once per iteration, forward and then backward, in rotated order. Before a pass the ranks meet on the
-device, so that a late host does not count as communication. `paced`: 40 ms idle before each forward, whose clock starts
-after a spin of 0.2 ms on every rank: what the host needs longer than that counts. `sustained`: back to back.
+Every candidate runs once per iteration, forward and then backward, in rotated order. Before a pass the ranks meet on
+the device, so that a late host does not count as communication. `paced`: 40 ms idle before each forward, whose clock
+starts after a spin of 0.2 ms on every rank: what the host needs longer than that counts. `sustained`: back to back.
 """
 
 from __future__ import annotations

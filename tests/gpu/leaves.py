@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megamoe_train.functional import moe
+from megamoe_train.fused_plan import FusedPlan
 from tests.gpu.layer_case import Layer, RankResult, assert_layer
 
 
@@ -79,7 +80,7 @@ def plain_passes() -> Iterator[list[str]]:
         return call
 
     with contextlib.ExitStack() as patches:
-        for operator, name in (("plan_and_forward", "forward"), ("plain_backward", "backward")):
+        for operator, name in (("plain_forward", "forward"), ("plain_backward", "backward")):
             original = getattr(torch.ops.megamoe, operator)
             patches.enter_context(mock.patch.object(torch.ops.megamoe, operator, noting(name, original)))
         yield passes
@@ -113,6 +114,8 @@ def assert_plain_passes(leaves: Leaves, **options) -> None:
     leaves.fc2[1].data = leaves.fc2[1].data.clone()
     assert same(step([])), "a weight elsewhere"
     assert same(step(["forward", "backward"]))
+    if (space := options.get("workspace")) is not None:
+        assert same(step(["forward", "backward"], plan=FusedPlan.build(space, leaves.ids)))
     leaves.ids = leaves.ids.int()
     assert same(step(["forward", "backward"]))
 
