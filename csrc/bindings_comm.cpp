@@ -60,7 +60,9 @@ void rows(int64_t phase, Tensor handle, int64_t op, int64_t buffer, int64_t toke
     args.weights = floats(weights, slots, "weights");
     args.row_weights = floats(row_weights, capacity, "row_weights");
     args.dweights = floats(dweights, slots, "dweights");
-    args.control = ints(control, 4, "control");
+    const bool pulls = static_cast<megamoe::RowsPhase>(phase) == megamoe::RowsPhase::kPull && args.workspace.ranks > 1;
+    const int64_t per_rank = args.workspace.tokens * args.workspace.top_k;
+    args.control = ints(control, 4 + (pulls ? args.workspace.ranks * per_rank : 0), "control");
     args.num_sms = static_cast<int>(num_sms);
     args.stream = reinterpret_cast<cudaStream_t>(stream);
     megamoe::run_rows(static_cast<megamoe::RowsPhase>(phase), args);

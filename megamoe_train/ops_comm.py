@@ -34,7 +34,7 @@ class Transfer:
 
     def __init__(self, plan: DevicePlan, op: Op, *, buffer: int = 0, num_sms: int = 0, **tensors: Tensor | None):
         self.plan, self.op, self.buffer, self.num_sms, self.tensors = plan, op, buffer, num_sms, tensors
-        self.control = torch.empty(4, dtype=torch.int32, device=plan.ids.device)
+        self.control = torch.empty(4 + self._more_control, dtype=torch.int32, device=plan.ids.device)
 
     def _step(self, phase: int) -> None:
         plan, get = self.plan, self.tensors.get
@@ -43,6 +43,12 @@ class Transfer:
             get("tokens_in"), get("tokens_out"), get("weights"), get("row_weights"), get("dweights"), self.control,
             self.num_sms, ops_plan.stream_of(plan.workspace),
         )  # fmt: skip
+
+    @property
+    def _more_control(self) -> int:
+        """Ints beside the control block: where a dispatch notes which rows hold the same token of a peer."""
+        shape = self.plan.workspace.shape
+        return shape.ranks * shape.tokens * shape.top_k if self._dispatches and not self._alone else 0
 
     @property
     def _alone(self) -> bool:

@@ -120,6 +120,7 @@ void run_rows(RowsPhase phase, const RowsArgs& args) {
     params.experts = static_cast<int>(args.workspace.experts);
     params.plan_control = args.plan.control;
     params.source_of = reinterpret_cast<const long long*>(args.plan.source_of);
+    params.row_of = args.control + kRowsControlInts;
     params.num_rows = args.plan.expert_offset + args.workspace.experts / args.workspace.ranks;
     params.slot_of = reinterpret_cast<const long long*>(args.plan.slot_of);
     params.ids = args.plan.topk_ids;

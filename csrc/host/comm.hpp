@@ -77,7 +77,7 @@ struct RowsArgs {
     const float* weights;
     float* row_weights;
     float* dweights;
-    int* control;
+    int* control;  // kPull with peers: 4 ints, then R x T x K for rows_of_token
     int num_sms;
     cudaStream_t stream;
 };

@@ -71,6 +71,17 @@ __global__ void __launch_bounds__(kAnnounceThreads)
            ready_word(epoch, params.op, params.plan_control[kPlanId], params.op >= Op::kForward ? staged : 0));
 }
 
+// Fills row_of; what it does not fill is negative already.
+__global__ void __launch_bounds__(kStageThreads) index_kernel(const __grid_constant__ RowsParams params) {
+    if (params.plan_control[kPlanCode] != static_cast<int>(PlanCode::kGood)) return;
+    const int rows = *params.num_rows, step = gridDim.x * kStageThreads;
+    for (int row = blockIdx.x * kStageThreads + threadIdx.x; row < rows; row += step) {
+        const RowSource source = decode_source(params.source_of[row]);
+        if (source.rank < 0 || source.rank == params.peers.rank) continue;
+        rows_of_token(params, source.rank, source.flat / params.top_k)[source.flat % params.top_k] = row;
+    }
+}
+
 // Pulls all rows, those of peers by the first `nvlink_ctas` CTAs where it is not 0. Pulled -> acknowledged: every
 // warp's mbarrier waits and wait_group 0; ticket (atom.acq_rel.gpu); the last CTA fence.acq_rel.sys, st.release.sys.
 // Only then may a source stage anew.
@@ -108,8 +119,12 @@ cudaError_t launch_announce(const RowsParams& params, unsigned staged, cudaStrea
 }
 
 cudaError_t launch_pull(const RowsParams& params, int ctas, int nvlink_ctas, cudaStream_t stream) {
-    const cudaError_t error =
+    cudaError_t error =
         cudaFuncSetAttribute(pull_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(MoversShared));
+    if (error == cudaSuccess && params.peers.ranks > 1) {
+        error = cudaMemsetAsync(params.row_of, 0xff, row_of_ints(params) * sizeof(int), stream);
+        index_kernel<<<kStageBlocks, kStageThreads, 0, stream>>>(params);
+    }
     if (error != cudaSuccess) return error;
     pull_kernel<<<ctas, kMoverThreads, sizeof(MoversShared), stream>>>(params, nvlink_ctas);
     return cudaGetLastError();
@@ -121,7 +136,7 @@ cudaError_t launch_abort(const Peers& peers, cudaStream_t stream) {
 }
 
 cudaError_t load_dispatch_kernels() {
-    return load_kernels(wait_pulled_kernel, stage_kernel, announce_kernel, pull_kernel, abort_kernel);
+    return load_kernels(wait_pulled_kernel, stage_kernel, announce_kernel, index_kernel, pull_kernel, abort_kernel);
 }
 
 }  // namespace megamoe

@@ -35,6 +35,10 @@ cudaError_t launch_stage(const StageParams& params, cudaStream_t stream);
 // `staged`: the staging buffers that the operation offers, a bit each.
 cudaError_t launch_announce(const RowsParams& params, unsigned staged, cudaStream_t stream);
 
+inline int64_t row_of_ints(const RowsParams& params) {
+    return params.peers.ranks * params.peers.layout.shape.tokens * params.top_k;
+}
+
 // nvlink_ctas: of `ctas`, those that pull the rows of peers, the others the rank's own; 0: all of them both.
 cudaError_t launch_pull(const RowsParams& params, int ctas, int nvlink_ctas, cudaStream_t stream);
 cudaError_t launch_push(const RowsParams& params, int num_sms, cudaStream_t stream);

@@ -23,7 +23,7 @@ __device__ void push_role(MoverShared<kStages>& shared, const RowsParams& params
     RowSource source;
     while (claims.take(row, source)) {
         wait_for_peers(peers, source.rank, expected, seen);
-        RowMove move{nullptr, nullptr};
+        RowMove move{};
         if (source.rank >= 0 && source.rank != peers.rank) {
             move.from = params.pool + row * params.cut.row_bytes;
             move.to = combine_slot(peers, source.rank, source.flat / params.top_k, source.flat % params.top_k);

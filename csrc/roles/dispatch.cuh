@@ -1,5 +1,7 @@
 // Dispatch role: a warp pulls rows from the staging buffers of the ranks that hold the tokens into this rank's pool.
 #pragma once
+#include <climits>
+
 #include "roles/mover.cuh"
 
 namespace megamoe {
@@ -27,16 +29,17 @@ struct RowsParams {
     int experts;                 // E
     const int* plan_control;     // kPlanCode, kPlanId
     const long long* source_of;  // [M]
-    const int* num_rows;         // M, in device memory: expert_offset[L]
-    const long long* slot_of;    // [T, K]
-    const int* ids;              // [T, K]
-    uint8_t* pool;               // [>= M, H] bf16, this rank's rows
-    uint8_t* tokens_in;          // [T, H] bf16: x or dy of this rank
-    uint8_t* tokens_out;         // [T, H] bf16: y or dx of this rank
-    const float* weights;        // [T, K] p of this rank; null: not dispatched
-    float* row_weights;          // [M] dispatch: p of each row; combine: dp of each row; null: none
-    float* dweights;             // [T, K] dp as it came back; null: none
-    int* control;                // zeroed by announce: RowsControl, or a fused pass's counters
+    int* row_of;          // [R, most tokens of a rank, K] dispatch: source_of's inverse, for rows of peers; scratch
+    const int* num_rows;  // M, in device memory: expert_offset[L]
+    const long long* slot_of;  // [T, K]
+    const int* ids;            // [T, K]
+    uint8_t* pool;             // [>= M, H] bf16, this rank's rows
+    uint8_t* tokens_in;        // [T, H] bf16: x or dy of this rank
+    uint8_t* tokens_out;       // [T, H] bf16: y or dx of this rank
+    const float* weights;      // [T, K] p of this rank; null: not dispatched
+    float* row_weights;        // [M] dispatch: p of each row; combine: dp of each row; null: none
+    float* dweights;           // [T, K] dp as it came back; null: none
+    int* control;              // zeroed by announce: RowsControl, or a fused pass's counters
     int control_ints;
 };
 
@@ -99,11 +102,23 @@ __device__ __forceinline__ void wait_for_peers(const Peers& peers, int rank, uin
     ptx::fence_async();
 }
 
+// The rows of this rank that hold one token of a peer.
+__device__ __forceinline__ int* rows_of_token(const RowsParams& params, int rank, int token) {
+    return params.row_of + (rank * params.peers.layout.shape.tokens + token) * params.top_k;
+}
+
+__device__ __forceinline__ int first_of(const int* rows, int top_k) {
+    int first = INT_MAX;
+    for (int k = 0; k < top_k; ++k) first = rows[k] >= 0 && rows[k] < first ? rows[k] : first;
+    return first;
+}
+
+// A token travels once, however many of its experts are here: with the lowest of its rows, which is stored to all.
 template <int kStages>
 __device__ void dispatch_role(MoverShared<kStages>& shared, const RowsParams& params, int plan_id, Which which) {
     const Peers& peers = params.peers;
     const uint64_t expected = expected_ready(params, plan_id);
-    Mover<kStages> mover(shared, params.cut, peers.deadline);
+    Mover<kStages> mover(shared, params.cut, peers.deadline, {params.pool, params.top_k});
     RowClaims claims(params, which == Which::kOwn ? kOwnRowQueue : kRowQueue);
     uint64_t seen = 0;
     int64_t row;
@@ -112,11 +127,16 @@ __device__ void dispatch_role(MoverShared<kStages>& shared, const RowsParams& pa
         const bool remote = source.rank >= 0 && source.rank != peers.rank;  // padding counts as the rank's own
         if (which != Which::kAll && remote != (which == Which::kPeers)) row = -1, source.rank = -1;
         wait_for_peers(peers, source.rank, expected, seen);
-        RowMove move{nullptr, row >= 0 ? params.pool + row * params.cut.row_bytes : nullptr};
+        RowMove move{nullptr, row >= 0 ? params.pool + row * params.cut.row_bytes : nullptr, nullptr};
         float weight = 0;
         if (source.rank >= 0) {
+            const int token = source.flat / params.top_k;
             const uint8_t* tokens = remote ? staging(peers, source.rank, params.buffer) : params.tokens_in;
-            move.from = tokens + int64_t{source.flat / params.top_k} * params.cut.row_bytes;
+            move.from = tokens + int64_t{token} * params.cut.row_bytes;
+            if (remote) {
+                move.twins = rows_of_token(params, source.rank, token);
+                if (first_of(move.twins, params.top_k) != row) move = {};  // comes with another row
+            }
             if (params.row_weights != nullptr) {
                 const float* p = remote ? staged_weights(peers, source.rank, params.buffer) : params.weights;
                 weight = ptx::load_float(p + source.flat);

@@ -39,7 +39,8 @@ inline RowCut cut_rows(int hidden) {
 template <int kStages>
 struct alignas(128) MoverShared {
     uint8_t data[kStages][kMoverStageBytes];
-    uint8_t* target[kStages][kMaxUnitRows];  // where each row of the unit goes; null: nowhere
+    uint8_t* target[kStages][kMaxUnitRows];   // where each row of the unit goes; null: nowhere
+    const int* twins[kStages][kMaxUnitRows];  // RowMove::twins of each
     uint64_t full[kStages];
 };
 
@@ -47,13 +48,20 @@ struct alignas(128) MoverShared {
 struct RowMove {
     const uint8_t* from;
     uint8_t* to;
+    const int* twins;  // [K] rows of a pool (negative: none), all of which get what `to`, one of them, gets; null: none
+};
+
+// The pool that twins are rows of, and K.
+struct TwinPool {
+    uint8_t* rows;
+    int top_k;
 };
 
 template <int kStages>
 class Mover {
 public:
-    __device__ Mover(MoverShared<kStages>& shared, const RowCut& cut, const Deadline& deadline)
-        : shared_(shared), cut_(cut), deadline_(deadline), lane_(threadIdx.x & 31) {
+    __device__ Mover(MoverShared<kStages>& shared, const RowCut& cut, const Deadline& deadline, TwinPool pool = {})
+        : shared_(shared), cut_(cut), deadline_(deadline), pool_(pool), lane_(threadIdx.x & 31) {
         if (lane_ < kStages) ptx::mbarrier_init(&shared_.full[lane_], 1);
         ptx::fence_mbarrier_init();
         __syncwarp();
@@ -65,12 +73,15 @@ public:
             // Lane i < unit_rows gets row first + i.
             const uint64_t from = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(mine.from), (first + lane_) & 31);
             const uint64_t to = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(mine.to), (first + lane_) & 31);
+            const uint64_t twins =
+                __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(mine.twins), (first + lane_) & 31);
             const bool active = lane_ < cut_.unit_rows && to != 0;
             if (!__any_sync(0xffffffffu, active)) continue;
             for (int piece = 0; piece < cut_.pieces; ++piece) {
                 const int64_t at = int64_t{piece} * cut_.piece_bytes;
                 issue(active ? reinterpret_cast<const uint8_t*>(from) : nullptr,
-                      active ? reinterpret_cast<uint8_t*>(to) + at : nullptr, at);
+                      active ? reinterpret_cast<uint8_t*>(to) + at : nullptr,
+                      active ? reinterpret_cast<const int*>(twins) : nullptr, at);
             }
         }
     }
@@ -87,7 +98,7 @@ public:
 private:
     static constexpr int kLag = kStages / 2;  // units between a load's issue and its store
 
-    __device__ void issue(const uint8_t* from, uint8_t* to, int64_t at) {
+    __device__ void issue(const uint8_t* from, uint8_t* to, const int* twins, int64_t at) {
         const int stage = issued_ % kStages;
         // The unit that used this stage was stored kStages - kLag - 1 groups before the newest: read from by now.
         ptx::tma_store_wait_read<kStages - kLag - 1>();
@@ -99,7 +110,7 @@ private:
         uint8_t* row = shared_.data[stage] + lane_ * cut_.piece_bytes;
         if (from != nullptr) ptx::bulk_load(row, from + at, cut_.piece_bytes, &shared_.full[stage]);
         if (zeros != 0) fill_zeros(stage, zeros);
-        if (lane_ < cut_.unit_rows) shared_.target[stage][lane_] = to;
+        if (lane_ < cut_.unit_rows) shared_.target[stage][lane_] = to, shared_.twins[stage][lane_] = twins;
         ++issued_;
         if (issued_ - stored_ > kLag) store();
     }
@@ -121,13 +132,28 @@ private:
             uint8_t* to = shared_.target[stage][lane_];
             if (to != nullptr) ptx::bulk_store(to, shared_.data[stage] + lane_ * cut_.piece_bytes, cut_.piece_bytes);
         }
+        __syncwarp();  // the lanes below read what others wrote in issue
+        for (int i = lane_; i < cut_.unit_rows * pool_.top_k; i += 32)
+            store_twin(stage, i / pool_.top_k, i % pool_.top_k);
         ptx::tma_store_commit();
         ++stored_;
+    }
+
+    // Row `row` of the unit once more, to where its k-th twin lies; by one lane.
+    __device__ void store_twin(int stage, int row, int k) {
+        const int* twins = shared_.twins[stage][row];
+        const int twin = twins == nullptr ? -1 : twins[k];
+        if (twin < 0) return;
+        uint8_t* first = shared_.target[stage][row];
+        const int64_t at = (first - pool_.rows) % cut_.row_bytes;
+        uint8_t* to = pool_.rows + int64_t{twin} * cut_.row_bytes + at;
+        if (to != first) ptx::bulk_store(to, shared_.data[stage] + row * cut_.piece_bytes, cut_.piece_bytes);
     }
 
     MoverShared<kStages>& shared_;
     const RowCut& cut_;
     const Deadline& deadline_;
+    const TwinPool pool_;
     const int lane_;
     int issued_ = 0;
     int stored_ = 0;

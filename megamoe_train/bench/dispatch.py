@@ -1,9 +1,10 @@
 """`bench dispatch`: plan, dispatch and combine beside the machine's floors and Megatron's alltoall dispatcher.
 
-Floors of the same run: the bytes that cross NVLink, contiguous, moved by the same warps on as many SMs as dispatch and
+Floors of the same run: the rows that peers hold, contiguous, moved by the same warps on as many SMs as dispatch and
 combine use NVLink from (dispatch takes as many again for the rank's own rows), both ranks at once (pull, push); HBM: a
-device copy, bytes read and written. Rates count the bytes that cross NVLink, though dispatch moves the rank's own rows
-as well. Each number is the median over iterations, worst rank.
+device copy, bytes read and written. Rates count the rows that are exchanged with peers, though dispatch moves the
+rank's own as well, and sends a token to a rank once, however many of its experts are there: "crossing GB/s" counts
+that. Each number is the median over iterations, worst rank.
 """
 
 from __future__ import annotations
@@ -78,8 +79,11 @@ class Bench:
         self.p = torch.rand(case.tokens, case.top_k, generator=generator, device="cuda")
         self.plan = ops_plan.build_plan(self.workspace, self.ids, sizing="exact")
         self.workspace.high_water = ops_plan.round_capacity(self.plan.settle())
-        source, _ = decode_source(self.plan.source_of)
+        source, flat = decode_source(self.plan.source_of)
         local = ((self.plan.source_of >= 0) & (source == self.rank)).sum()
+        from_peers = (self.plan.source_of >= 0) & (source != self.rank)
+        tokens = torch.stack([source, flat // case.top_k], dim=1)[from_peers].unique(dim=0)
+        self.crossing_bytes = len(tokens) * case.hidden * 2
         self.kept = int((self.plan.source_of >= 0).sum())
         self.remote_bytes = (self.kept - int(local)) * case.hidden * 2
         self.pool = torch.empty(self.plan.settle(), case.hidden, device="cuda", dtype=torch.bfloat16)
@@ -131,6 +135,7 @@ class Bench:
             out[name] = milliseconds({"c": lambda pull=pull: self.copy(pull)}, iterations)["c"]
             out[f"{name} GB/s"] = self.copied / out[name] / 1e6
         out["pull GB/s"] = self.remote_bytes / out["dispatch pull"] / 1e6
+        out["pull crossing GB/s"] = self.crossing_bytes / out["dispatch pull"] / 1e6
         out["push GB/s"] = self.remote_bytes / out["combine push"] / 1e6
         return out
 

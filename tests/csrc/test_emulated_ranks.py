@@ -43,6 +43,8 @@ MUTATIONS = {
     "staging overwritten before it was pulled": (
         "kernels/dispatch.cu", "    wait_pulled_kernel<<<1, kMaxRanks, 0, stream>>>(params);\n", "",
         "dispatches back to back"),
+    "a token stored to one of its rows only": (
+        "roles/mover.cuh", "        if (to != first) ptx::bulk_store(", "        if (false) ptx::bulk_store(", PIECES),
     "own rows pulled twice, those of peers never": (
         "kernels/dispatch.cu", "peers_only ? Which::kPeers : Which::kOwn", "Which::kOwn", SMALL_ROWS),
     "sum before the pushes": (
