@@ -73,19 +73,6 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
     return done != 0;
 }
 
-// The same without waiting.
-__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
-    uint32_t done;
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(smem_address(barrier)), "r"(parity)
-        : "memory");
-    return done != 0;
-}
-
 // Stores 16 bytes into CTA `cta` and completes 16 transaction bytes on the barrier beside them.
 __device__ __forceinline__ void store_async_cta(int4* slot, int4 value, uint64_t* barrier, uint32_t cta) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(

@@ -92,10 +92,9 @@ __device__ __forceinline__ void wgrad_epilogue(SharedStorage& shared, const Gemm
         const OutputPlace output = position.next_output<Gemm::kWgrad>(stage);
         const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
         if (stage == 0) trace.mark(Mark::kFirstOutput);
-        const GradParts parts = grad_parts(stage);
 #pragma unroll
-        for (int i = 0; i < kParts; ++i) {
-            if (i < parts.count) put_floats(rows + i * kPartBytes, &d[16 * (parts.first + i)], add);
+        for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
+            put_floats(rows + i * kPartBytes, &d[16 * (stage * kParts + i)], add);
         }
         publish_output(shared, place.warpgroup, output);
     }

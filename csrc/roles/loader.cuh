@@ -88,40 +88,28 @@ __device__ __forceinline__ void load_h(SharedStorage& shared, const GemmParams& 
     ptx::tma_load_2d(dst + kPartBytes, &params.b, full, params.n_extent + column, row, ptx::kEvictFirst);
 }
 
-// The parts of an output stage, as they are in the gradient before this launch adds to them.
+// Up to three parts of the gradient, as they are before this launch adds to them.
 __device__ __forceinline__ void load_gradient(SharedStorage& shared, const CUtensorMap* gradient, const Share& share,
                                               int stage, OutputPlace place) {
-    const GradParts parts = grad_parts(stage);
-    const int row = static_cast<int>(share.row);
+    const int parts = min(kParts, kGradParts - stage * kParts), row = static_cast<int>(share.row);
     uint64_t* full = &shared.stage_full[place.index];
-    ptx::mbarrier_expect(full, parts.count * kPartBytes);
-    for (int i = 0; i < parts.count; ++i) {
+    ptx::mbarrier_expect(full, parts * kPartBytes);
+    for (int i = 0; i < parts; ++i) {
         uint8_t* dst = output_memory(shared, place) + i * kPartBytes;
-        const int column = share.column + (parts.first + i) * kGradColumns;
+        const int column = share.column + (stage * kParts + i) * kGradColumns;
         ptx::tma_load_2d(dst, gradient, full, column, row, ptx::kEvictFirst);
         ptx::tma_load_2d(dst + kPartBytes / 2, gradient, full, column, row + kWarpgroupM, ptx::kEvictFirst);
     }
 }
 
-// What a wgrad's first output stage adds to, once its place is free. Does not wait for it: operands come first.
-__device__ __forceinline__ bool load_early(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
-                                           int rank, const Position& position) {
-    static_assert(in_spare(Gemm::kWgrad, 0));
-    if (!ptx::mbarrier_test(&shared.stage_free[kSpare], position.spare_parity ^ 1)) return false;
-    const Share share = share_of<Gemm::kWgrad>(params, slot, rank, 0);
-    load_gradient(shared, params.expert_maps + slot.expert, share, 0, {kSpare, position.spare_parity});
-    return true;
-}
-
-// The places for a unit's results: granted empty, or with what the epilogue works on. first_is_there: after load_early.
+// The places for a unit's results: granted empty, or with what the epilogue works on.
 template <Gemm kGemm>
 __device__ __forceinline__ void grant_outputs(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
-                                              int rank, Position& position, bool first_is_there) {
+                                              int rank, Position& position) {
     const Share share = share_of<kGemm>(params, slot, rank, 0);
     const int stages = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
     for (int stage = 0; stage < stages; ++stage) {
         const OutputPlace place = position.next_output<kGemm>(stage);
-        if (stage == 0 && first_is_there) continue;
         wait(&shared.stage_free[place.index], place.parity ^ 1, params.deadline, Waiting::kStageFree);
         if (kGemm == Gemm::kDgrad2) {
             load_h(shared, params, share, stage, place);
@@ -139,16 +127,13 @@ __device__ __forceinline__ void load_unit(SharedStorage& shared, const GemmParam
                                           int rank, Position& position, Trace& trace) {
     const CUtensorMap* weights = params.expert_maps + unit.expert;
     StageCursor& ring = position.ring;
-    const bool adds = kGemm == Gemm::kWgrad && params.accumulate;
-    bool first_is_there = false;
     for (int k_block = 0; k_block < unit.k_blocks; ++k_block) {
         wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);
         if (k_block == 0) trace.mark(Mark::kLoading);
         load_stage<kGemm>(shared, params, unit, weights, rank, ring.index, k_block);
         ring.advance();
-        if (adds && !first_is_there) first_is_there = load_early(shared, params, unit, rank, position);
     }
-    grant_outputs<kGemm>(shared, params, unit, rank, position, first_is_there);
+    grant_outputs<kGemm>(shared, params, unit, rank, position);
     trace.mark(Mark::kLoaded);
 }
 

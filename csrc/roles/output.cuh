@@ -4,8 +4,7 @@
 //
 // A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of
 // each.
-//   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: two or three of 32
-//   fp32
+//   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
 // Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the
 // stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
 #pragma once
@@ -16,7 +15,7 @@
 namespace megamoe {
 
 constexpr int kPartBytes = kTileM * 128;
-static_assert(kParts * kPartBytes == kStageBytes && kPartBytes == kBytesA && kSpareParts * kPartBytes == kSpareBytes);
+static_assert(kParts * kPartBytes == kStageBytes && kPartBytes == kBytesA && 2 * kPartBytes == kSpareBytes);
 
 __device__ __forceinline__ Unit unit_of(const UnitSlot& slot) { return {slot.m_tile, slot.n_tile, slot.n_pair != 0}; }
 
@@ -111,9 +110,9 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
         ptx::tma_store_2d(&params.out, part + kPartBytes, params.n_extent + column, row);
         ptx::tma_store_2d(&params.act, part + 2 * kPartBytes, column, row);
     } else if constexpr (kGemm == Gemm::kWgrad) {
-        const GradParts parts = grad_parts(stage);
-        for (int i = 0; i < parts.count; ++i) {
-            ptx::tma_store_2d(gradient, part + i * kPartBytes, share.column + (parts.first + i) * kGradColumns, row);
+        for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
+            const int column = share.column + (stage * kParts + i) * kGradColumns;
+            ptx::tma_store_2d(gradient, part + i * kPartBytes, column, row);
         }
     } else {
         const int column = share.column + stage * 2 * kChunkColumns;

@@ -2,8 +2,8 @@
 // Pure: the CPU test (tests/csrc/walk_ring.cpp) runs the roles' programs over it in random orders.
 //
 // Every unit walks its operand stages (`k_blocks`) and then its output stages, the places where results wait to be
-// sent. A small one of them lies in a spare place beside the ring, so that the next unit's operands find one more free
-// stage.
+// sent. A unit's last output stage, where it is small, lies in a spare place beside the ring, so that the next unit's
+// operands find one more free stage.
 #pragma once
 #include "schedule/grouped.cuh"
 
@@ -35,10 +35,9 @@ constexpr int kOutputFullArrivals = kWarpgroupWarps;
 
 constexpr int kChunkColumns = 64;                  // columns of I in one output stage of dgrad2
 constexpr int kParts = 3;                          // 16 KB parts of a stage
-constexpr int kSpareParts = 2;                     // of the spare
 constexpr int kGradColumns = 32;                   // fp32 columns of a part
 constexpr int kGradParts = kTileN / kGradColumns;  // parts of a gradient tile
-constexpr int kGradStages = 1 + ceil_div(kGradParts - kSpareParts, kParts);
+constexpr int kGradStages = ceil_div(kGradParts, kParts);
 
 // Position in a ring of kCount slots: index and the parity of the lap.
 template <int kCount>
@@ -78,22 +77,11 @@ MEGAMOE_HD constexpr int output_stages(Gemm gemm, int n_extent, Unit unit, int k
     return first > second ? first : second;
 }
 
-// Whether output stage `stage` lies in the spare place. A wgrad's first one: what it adds to can be loaded as soon as
-// the unit before has sent its own, long before the products are done.
+// Whether output stage `stage` lies in the spare place.
 MEGAMOE_HD constexpr bool in_spare(Gemm gemm, int stage) {
     if (gemm == Gemm::kFc1 || gemm == Gemm::kDgrad2) return false;
-    return stage == (gemm == Gemm::kWgrad ? 0 : 1);
+    return stage == (gemm == Gemm::kWgrad ? kGradStages - 1 : 1);
 }
-
-// The parts of a gradient tile in output stage `stage`: two in the spare, then three a stage.
-struct GradParts {
-    int first;
-    int count;
-};
-MEGAMOE_HD constexpr GradParts grad_parts(int stage) {
-    return stage == 0 ? GradParts{0, kSpareParts} : GradParts{kSpareParts + (stage - 1) * kParts, kParts};
-}
-static_assert(kSpareParts + (kGradStages - 1) * kParts == kGradParts);
 
 // A place for results: a stage of the ring or the spare.
 struct OutputPlace {

@@ -209,15 +209,6 @@ private:
         memory = {content, kMathWarps};
     }
 
-    // A place for results, with what they are added to.
-    void grant(int cta, int index, long content) {
-        ctas_[cta].stage_full[index].expect(48);
-        transfers_.push_back([this, cta, index, content] {
-            fill(cta, index, content);
-            ctas_[cta].stage_full[index].complete(48);
-        });
-    }
-
     void build_loader(int cta) {
         Agent& agent = agents_.emplace_back();
         Position position;
@@ -226,14 +217,6 @@ private:
         for (size_t number = 0; number < work_.tasks.size(); ++number) {
             const Task& task = work_.tasks[number];
             take_unit(agent, cta, cursor, static_cast<int>(number));
-            // A wgrad's first output stage may come as soon as its place is free: here, behind any operand stage.
-            const auto grant_spare = [&](unsigned parity) {
-                const long content = 1000000 + spare_uses;
-                when_free(agent, cta, kSpare, parity, static_cast<int>(spare_uses++),
-                          [this, cta, content] { grant(cta, kSpare, content); });
-            };
-            const bool early = task.gemm == Gemm::kWgrad && random_() % 2 == 0;
-            const int early_after = early && task.k_blocks > 0 ? static_cast<int>(random_() % task.k_blocks) : -1;
             for (int k = 0; k < task.k_blocks; ++k, ++walk) {
                 const int index = position.ring.index;
                 when_free(agent, cta, index, position.ring.parity, static_cast<int>(walk / kStages),
@@ -251,18 +234,21 @@ private:
                               }
                           });
                 position.ring.advance();
-                if (k == early_after) grant_spare(position.spare_parity);
             }
             const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
             for (int stage = 0; stage < outputs; ++stage) {
                 const OutputPlace place = next_output(position, task.gemm, stage);
-                if (place.index == kSpare) {
-                    if (early_after < 0) grant_spare(place.parity);
-                    continue;
-                }
-                const long content = walk++;
-                when_free(agent, cta, place.index, place.parity, static_cast<int>(content / kStages),
-                          [this, cta, place, content] { grant(cta, place.index, content); });
+                const bool spare = place.index == kSpare;
+                const long content = spare ? 1000000 + spare_uses : walk;
+                const int lap = static_cast<int>(spare ? spare_uses : walk / kStages);
+                (spare ? spare_uses : walk) += 1;
+                when_free(agent, cta, place.index, place.parity, lap, [this, cta, place, content] {
+                    ctas_[cta].stage_full[place.index].expect(48);
+                    transfers_.push_back([this, cta, place, content] {
+                        fill(cta, place.index, content);
+                        ctas_[cta].stage_full[place.index].complete(48);
+                    });
+                });
             }
         }
         take_unit(agent, cta, cursor, static_cast<int>(work_.tasks.size()));

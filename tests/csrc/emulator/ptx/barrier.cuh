@@ -29,7 +29,6 @@ inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
     emulator::yield();
     return (emulator::mbarrier(barrier).state & 1) != static_cast<int>(parity);
 }
-inline bool mbarrier_test(uint64_t* barrier, uint32_t parity) { return mbarrier_try_wait(barrier, parity); }
 inline void store_async_cta(int4* slot, int4 value, uint64_t* barrier, uint32_t cta) {
     emulator::yield();
     *static_cast<int4*>(emulator::at_cta(slot, cta)) = value;
