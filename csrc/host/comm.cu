@@ -32,10 +32,10 @@ PlanLayout layout_for(int64_t ranks, int64_t experts, int64_t slots) {
     return plan_layout(ranks, experts, slots, plan_blocks(slots));
 }
 
-// As many SMs again for the rank's own rows, where there are peers and so many SMs; else every SM pulls both.
+// As many SMs again for the rank's own rows, where there are peers and so many SMs.
 cudaError_t pull(const RowsParams& params, int num_sms, cudaStream_t stream) {
-    const bool apart = params.peers.ranks > 1 && num_sms <= sm_count() / 2;
-    return launch_pull(params, apart ? 2 * num_sms : num_sms, apart ? num_sms : 0, stream);
+    const bool more = params.peers.ranks > 1 && num_sms <= sm_count() / 2;
+    return launch_pull(params, more ? 2 * num_sms : num_sms, num_sms, stream);
 }
 
 PlanLayout layout_for(const WorkspaceHandle& workspace, int64_t tokens) {

@@ -82,18 +82,17 @@ __global__ void __launch_bounds__(kStageThreads) index_kernel(const __grid_const
     }
 }
 
-// Pulls all rows, those of peers by the first `nvlink_ctas` CTAs where it is not 0. Pulled -> acknowledged: every
-// warp's mbarrier waits and wait_group 0; ticket (atom.acq_rel.gpu); the last CTA fence.acq_rel.sys, st.release.sys.
-// Only then may a source stage anew.
+// The first `nvlink_ctas` CTAs pull tokens of peers, and all pull the rank's own. Pulled -> acknowledged: every warp's
+// mbarrier waits and wait_group 0; ticket (atom.acq_rel.gpu); the last CTA fence.acq_rel.sys, st.release.sys. Only then
+// may a source stage anew.
 __global__ void __launch_bounds__(kMoverThreads, 1)
     pull_kernel(const __grid_constant__ RowsParams params, int nvlink_ctas) {
     extern __shared__ __align__(128) uint8_t memory[];
     MoversShared& shared = *reinterpret_cast<MoversShared*>(memory);
     const Peers& peers = params.peers;
     if (params.plan_control[kPlanCode] == static_cast<int>(PlanCode::kGood)) {
-        const bool peers_only = static_cast<int>(blockIdx.x) < nvlink_ctas;
-        const Which which = nvlink_ctas == 0 ? Which::kAll : (peers_only ? Which::kPeers : Which::kOwn);
-        dispatch_role(shared.of_warp[threadIdx.x / 32], params, params.plan_control[kPlanId], which);
+        const bool peers_too = static_cast<int>(blockIdx.x) < nvlink_ctas;
+        dispatch_role(shared.of_warp[threadIdx.x / 32], params, params.plan_control[kPlanId], peers_too);
     }
     if (peers.ranks == 1 || !last_cta(params.control + kRowTicket, gridDim.x)) return;
     if (threadIdx.x >= peers.ranks) return;

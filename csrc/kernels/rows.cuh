@@ -39,7 +39,7 @@ inline int64_t row_of_ints(const RowsParams& params) {
     return params.peers.ranks * params.peers.layout.shape.tokens * params.top_k;
 }
 
-// nvlink_ctas: of `ctas`, those that pull the rows of peers, the others the rank's own; 0: all of them both.
+// nvlink_ctas: of `ctas`, those that pull from peers; the others only move the rank's own rows.
 cudaError_t launch_pull(const RowsParams& params, int ctas, int nvlink_ctas, cudaStream_t stream);
 cudaError_t launch_push(const RowsParams& params, int num_sms, cudaStream_t stream);
 cudaError_t launch_sum(const RowsParams& params, cudaStream_t stream);

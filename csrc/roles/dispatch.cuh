@@ -45,10 +45,6 @@ struct RowsParams {
 
 enum RowsControl : int { kRowQueue, kRowTicket, kOwnRowQueue, kRowsControlInts = 4 };
 
-// Which rows a warp pulls. NVLink is busy only while enough of its rows are on their way: warps that pull the rank's
-// own rows as well would keep half as many.
-enum class Which { kAll, kPeers, kOwn };
-
 __device__ __forceinline__ uint64_t expected_ready(const RowsParams& params, int plan_id) {
     const uint32_t epoch = static_cast<uint32_t>(state_word(params.peers, kStateOpEpoch));
     return ready_word(epoch, params.op, plan_id);
@@ -102,49 +98,80 @@ __device__ __forceinline__ void wait_for_peers(const Peers& peers, int rank, uin
     ptx::fence_async();
 }
 
-// The rows of this rank that hold one token of a peer.
+// The rows of this rank that hold one token of a peer, [K].
 __device__ __forceinline__ int* rows_of_token(const RowsParams& params, int rank, int token) {
     return params.row_of + (rank * params.peers.layout.shape.tokens + token) * params.top_k;
 }
 
+// INT_MAX: none.
 __device__ __forceinline__ int first_of(const int* rows, int top_k) {
     int first = INT_MAX;
-    for (int k = 0; k < top_k; ++k) first = rows[k] >= 0 && rows[k] < first ? rows[k] : first;
+#pragma unroll 4
+    for (int k = 0; k < top_k; ++k) first = min(first, rows[k] >= 0 ? rows[k] : INT_MAX);
     return first;
 }
 
-// A token travels once, however many of its experts are here: with the lowest of its rows, which is stored to all.
+// A token travels once, however many of its experts are here: to the lowest of its rows, and from there, still in
+// shared memory, to the others. Claims of tokens go round the peers, so that no peer is asked by all ranks at once.
 template <int kStages>
-__device__ void dispatch_role(MoverShared<kStages>& shared, const RowsParams& params, int plan_id, Which which) {
+__device__ void pull_from_peers(Mover<kStages>& mover, const RowsParams& params, uint64_t expected) {
     const Peers& peers = params.peers;
-    const uint64_t expected = expected_ready(params, plan_id);
-    Mover<kStages> mover(shared, params.cut, peers.deadline, {params.pool, params.top_k});
-    RowClaims claims(params, which == Which::kOwn ? kOwnRowQueue : kRowQueue);
+    const int others = peers.ranks - 1, lane = threadIdx.x & 31;
+    const int64_t all = others * peers.layout.shape.tokens;
+    Claims claims(params.control + kRowQueue, params.cut.claim_rows);
     uint64_t seen = 0;
+    for (int64_t first; (first = claims.take()) < all;) {
+        const int64_t mine = first + lane;
+        const int token = static_cast<int>(mine / others);
+        int rank = (peers.rank + 1 + static_cast<int>(mine % others)) % peers.ranks, row = INT_MAX;
+        const int* rows = nullptr;
+        if (lane < params.cut.claim_rows && mine < all) {
+            rows = rows_of_token(params, rank, token);
+            row = first_of(rows, params.top_k);
+        }
+        if (row == INT_MAX) rank = -1;
+        wait_for_peers(peers, rank, expected, seen);
+        RowMove move{};
+        if (rank >= 0) {
+            move.from = staging(peers, rank, params.buffer) + int64_t{token} * params.cut.row_bytes;
+            move.to = params.pool + int64_t{row} * params.cut.row_bytes;
+            move.twins = rows;
+            const float* p = staged_weights(peers, rank, params.buffer) + int64_t{token} * params.top_k;
+            for (int k = 0; k < params.top_k && params.row_weights != nullptr; ++k) {
+                if (rows[k] >= 0) params.row_weights[rows[k]] = ptx::load_float(p + k);
+            }
+        }
+        mover.move(move);
+    }
+}
+
+// The rank's own tokens, row by row, and zeros for padding.
+template <int kStages>
+__device__ void pull_own(Mover<kStages>& mover, const RowsParams& params) {
+    RowClaims claims(params, kOwnRowQueue);
     int64_t row;
     RowSource source;
     while (claims.take(row, source)) {
-        const bool remote = source.rank >= 0 && source.rank != peers.rank;  // padding counts as the rank's own
-        if (which != Which::kAll && remote != (which == Which::kPeers)) row = -1, source.rank = -1;
-        wait_for_peers(peers, source.rank, expected, seen);
-        RowMove move{nullptr, row >= 0 ? params.pool + row * params.cut.row_bytes : nullptr, nullptr};
-        float weight = 0;
-        if (source.rank >= 0) {
-            const int token = source.flat / params.top_k;
-            const uint8_t* tokens = remote ? staging(peers, source.rank, params.buffer) : params.tokens_in;
-            move.from = tokens + int64_t{token} * params.cut.row_bytes;
-            if (remote) {
-                move.twins = rows_of_token(params, source.rank, token);
-                if (first_of(move.twins, params.top_k) != row) move = {};  // comes with another row
-            }
+        RowMove move{};
+        if (row >= 0 && (source.rank < 0 || source.rank == params.peers.rank)) {
+            const bool padding = source.rank < 0;
+            const int64_t token = source.flat / params.top_k;
+            move.from = padding ? nullptr : params.tokens_in + token * params.cut.row_bytes;
+            move.to = params.pool + row * params.cut.row_bytes;
             if (params.row_weights != nullptr) {
-                const float* p = remote ? staged_weights(peers, source.rank, params.buffer) : params.weights;
-                weight = ptx::load_float(p + source.flat);
+                params.row_weights[row] = padding ? 0.0f : ptx::load_float(params.weights + source.flat);
             }
         }
-        if (row >= 0 && params.row_weights != nullptr) params.row_weights[row] = weight;
         mover.move(move);
     }
+}
+
+// peers_too: else only the rank's own rows.
+template <int kStages>
+__device__ void dispatch_role(MoverShared<kStages>& shared, const RowsParams& params, int plan_id, bool peers_too) {
+    Mover<kStages> mover(shared, params.cut, params.peers.deadline, {params.pool, params.top_k});
+    if (peers_too && params.peers.ranks > 1) pull_from_peers(mover, params, expected_ready(params, plan_id));
+    pull_own(mover, params);
     mover.finish();
 }
 

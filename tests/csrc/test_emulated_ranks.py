@@ -45,8 +45,10 @@ MUTATIONS = {
         "dispatches back to back"),
     "a token stored to one of its rows only": (
         "roles/mover.cuh", "        if (to != first) ptx::bulk_store(", "        if (false) ptx::bulk_store(", PIECES),
-    "own rows pulled twice, those of peers never": (
-        "kernels/dispatch.cu", "peers_only ? Which::kPeers : Which::kOwn", "Which::kOwn", SMALL_ROWS),
+    "tokens of peers left to nobody": (
+        "kernels/dispatch.cu", "static_cast<int>(blockIdx.x) < nvlink_ctas", "false", SMALL_ROWS),
+    "a peer asked for another one's tokens": (
+        "roles/dispatch.cuh", "(peers.rank + 1 + static_cast<int>(mine % others))", "(peers.rank + 1)", FIRST),
     "sum before the pushes": (
         "kernels/combine.cu", "if (params.peers.ranks > 1) wait_pushed_kernel<<<1, kMaxRanks, 0, stream>>>(params);",
         "", FIRST),
