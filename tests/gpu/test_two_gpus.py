@@ -45,10 +45,16 @@ def start(tmp_path: Path, *scenarios: str, **environment: str) -> list[subproces
 
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each; one that hangs is killed, and has told where it was (two_ranks.py)."""
     results = []
     try:
         for process in processes:
-            out, err = process.communicate(timeout=LIMIT_S)
+            try:
+                out, err = process.communicate(timeout=LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, err = process.communicate()
+                err += f"\nhung: killed after {LIMIT_S} s"
             results.append((process.returncode, out, err))
     finally:
         for process in processes:
