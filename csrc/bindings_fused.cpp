@@ -118,8 +118,7 @@ void backward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, Opti
     run_step(step, args);
 }
 
-// ---- a whole pass in one call: host time is short between a router and its experts
-// ------------------------------------
+// ---- a whole pass in one call: the host has little time between a router and its experts ----
 
 Tensor new_bytes(const Tensor& like, int64_t bytes) {
     return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
