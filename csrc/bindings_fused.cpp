@@ -142,7 +142,9 @@ struct Plain {
                         int64_t columns, const int64_t* addresses) {
         if (experts.size() == 1 && experts[0].dim() == 3) {
             expect(experts[0], type, {local, rows, columns});
-            good = good && reinterpret_cast<int64_t>(experts[0].data_ptr()) == addresses[0];
+            const int64_t base = reinterpret_cast<int64_t>(experts[0].data_ptr());
+            const int64_t bytes = rows * columns * (type == ScalarType::Float ? 4 : 2);
+            for (int64_t i = 0; i < local; ++i) good = good && addresses[i] == base + i * bytes;
             return;
         }
         good = good && static_cast<int64_t>(experts.size()) == local;
@@ -152,10 +154,14 @@ struct Plain {
         }
     }
 
-    // addresses: int64 [2 L] on the CPU, of fc1's and of fc2's matrices.
+    // places: int64 on the CPU, what tensor maps were made for: L, 2I, H, then the L addresses of fc1, then those of
+    // fc2.
     void expect_layer(const std::vector<Tensor>& fc1, const std::vector<Tensor>& fc2, ScalarType type, int64_t local,
-                      int64_t hidden, int64_t inter, const Tensor& addresses) {
-        const int64_t* at = longs(addresses, 2 * local, "addresses");
+                      int64_t hidden, int64_t inter, const Tensor& places) {
+        const int64_t* of = longs(places, 3, "places");
+        good = good && of[0] == local && of[1] == 2 * inter && of[2] == hidden && places.numel() == 3 + 2 * local;
+        if (!good) return;
+        const int64_t* at = of + 3;
         expect_experts(fc1, type, local, 2 * inter, hidden, at);
         expect_experts(fc2, type, local, hidden, inter, at + local);
     }
@@ -180,7 +186,7 @@ void plan_tokens(const WorkspaceHandle& workspace, const Tensor& ids, int64_t ca
 // Forward of a plain call, and its plan where `planned`, its tables, is not given: y, h, the plan's tables. Nothing
 // (and nothing announced) where it is not plain, or where memory for its results is short.
 std::vector<Tensor> plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, std::vector<Tensor> fc1,
-                                  std::vector<Tensor> fc2, Tensor addresses, Tensor maps, int64_t inter,
+                                  std::vector<Tensor> fc2, Tensor places, Tensor maps, int64_t inter,
                                   OptionalTensor planned, int64_t capacity, int64_t status, double limit,
                                   int64_t stream) {
     const WorkspaceHandle workspace = handle_of(handle);
@@ -192,7 +198,7 @@ std::vector<Tensor> plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor we
     plain.expect(ids, wide ? ScalarType::Long : ScalarType::Int, {tokens, workspace.top_k});
     plain.expect(weights, ScalarType::Float, {tokens, workspace.top_k});
     const int64_t local = workspace.experts / workspace.ranks;
-    plain.expect_layer(fc1, fc2, ScalarType::BFloat16, local, hidden, inter, addresses);
+    plain.expect_layer(fc1, fc2, ScalarType::BFloat16, local, hidden, inter, places);
     if (!plain.good) return {};
     // First of all: it keeps the GPU busy while the rest is prepared.
     FusedArgs rows{};
@@ -217,12 +223,11 @@ std::vector<Tensor> plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor we
 }
 
 // Backward of a plain call, into gradients that are added to: dx, dweights. Else nothing, as plain_forward.
-// gradient_addresses, table1, table2: where the gradients' tensor maps expect them; the maps.
+// gradient_places, table1, table2: where the gradients' tensor maps expect them; the maps.
 std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor tables, Tensor dy, Tensor x, Tensor weights,
                                    Tensor h, Tensor maps, std::vector<Tensor> fc1, std::vector<Tensor> fc2,
-                                   Tensor addresses, std::vector<Tensor> dfc1, std::vector<Tensor> dfc2,
-                                   Tensor gradient_addresses, Tensor table1, Tensor table2, double limit,
-                                   int64_t stream) {
+                                   Tensor places, std::vector<Tensor> dfc1, std::vector<Tensor> dfc2,
+                                   Tensor gradient_places, Tensor table1, Tensor table2, double limit, int64_t stream) {
     const WorkspaceHandle workspace = handle_of(handle);
     const int64_t tokens = x.size(0), hidden = workspace.hidden, inter = h.size(1) / 2;
     const int64_t local = workspace.experts / workspace.ranks;
@@ -231,8 +236,8 @@ std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor table
     plain.expect(dy, ScalarType::BFloat16, {tokens, hidden});
     plain.expect(h, ScalarType::BFloat16, {capacity, 2 * inter});
     plain.expect(weights, ScalarType::Float, {tokens, workspace.top_k});
-    plain.expect_layer(fc1, fc2, ScalarType::BFloat16, local, hidden, inter, addresses);
-    plain.expect_layer(dfc1, dfc2, ScalarType::Float, local, hidden, inter, gradient_addresses);
+    plain.expect_layer(fc1, fc2, ScalarType::BFloat16, local, hidden, inter, places);
+    plain.expect_layer(dfc1, dfc2, ScalarType::Float, local, hidden, inter, gradient_places);
     if (!plain.good) return {};
 
     const ScratchLayout layout = scratch_layout(capacity, tokens, hidden, inter);
@@ -266,12 +271,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
         " int stream) -> ()");
     m.def(
         "plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, Tensor[] fc1, Tensor[] fc2,"
-        " Tensor addresses, Tensor maps, int inter, Tensor? planned, int capacity, int status, float limit, int stream)"
+        " Tensor places, Tensor maps, int inter, Tensor? planned, int capacity, int status, float limit, int stream)"
         " -> Tensor[]");
     m.def(
         "plain_backward(Tensor handle, int capacity, Tensor tables, Tensor dy, Tensor x, Tensor weights, Tensor h,"
-        " Tensor maps, Tensor[] fc1, Tensor[] fc2, Tensor addresses, Tensor(a!)[] dfc1, Tensor(b!)[] dfc2,"
-        " Tensor gradient_addresses, Tensor table1, Tensor table2, float limit, int stream) -> Tensor[]");
+        " Tensor maps, Tensor[] fc1, Tensor[] fc2, Tensor places, Tensor(a!)[] dfc1, Tensor(b!)[] dfc2,"
+        " Tensor gradient_places, Tensor table1, Tensor table2, float limit, int stream) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) {

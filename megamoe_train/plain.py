@@ -10,8 +10,9 @@ before the operators here is short for the same reason.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -30,16 +31,17 @@ TENSORS = {Tensor, Parameter}  # no subclass whose operators do something else
 
 @dataclass(slots=True)
 class Layer:
-    """What the long way has found out about a layer."""
+    """What the long way has found out about a layer. Keeps neither its weights nor its workspace alive."""
 
-    workspace: Workspace
+    first: weakref.ref[Tensor]  # of its tensors
+    workspace: weakref.ref[Workspace]
     is_shared: bool  # the workspace is one that callers do not bring
     group: dist.ProcessGroup | None
     clamp: float | None
     limit: float
     maps: ops_fused.WeightMaps
-    addresses: Tensor  # int64 [2L] on the CPU: where the maps expect fc1 and fc2
-    stream: int  # that the maps were made on
+    places: Tensor  # what the maps were made for
+    stream: int  # on which the long way was gone
     device: int
 
 
@@ -47,13 +49,14 @@ class Layer:
 class _Gradients:
     """The same about the buffers that a layer's gradients are added to."""
 
-    addresses: Tensor
+    first: weakref.ref[Tensor]
+    places: Tensor
     dfc1: Tensor  # ops.GradientTable's
     dfc2: Tensor
     stream: int
 
 
-# By id of a layer's first tensor (and of the group): the operators find out where that is another one by now.
+# By id of the first tensor (and of the group), for as long as it lives.
 _layers: dict[tuple[int, int], Layer] = {}
 _gradients: dict[int, _Gradients] = {}
 
@@ -66,12 +69,16 @@ def remember(
     experts.per_expert gives them."""
     if stream is None or workspace.sizing == "exact":
         return
-    key = _key(fc1), id(group)
-    if (found := _layers.get(key)) and found.maps is maps and found.workspace is workspace and found.clamp == clamp:
-        return  # known, and yet something is unusual
+    first = _first_of(fc1)
+    key = id(first), id(group)
+    known = _layers.get(key)
+    if known is not None and known.first() is first and known.workspace() is workspace and known.maps is maps:
+        if (known.clamp, known.stream) != (clamp, stream):  # another one: calls in flight keep theirs
+            _layers[key] = replace(known, clamp=clamp, limit=ops_fused.limit_of(clamp), stream=stream)
+        return
     where, limit, shared = workspace.memory.get_device(), ops_fused.limit_of(clamp), fused_plan.is_shared(workspace)
-    layer = Layer(workspace, shared, group, clamp, limit, maps, ops.addresses([*fc1, *fc2]), stream, where)
-    _keep(_layers, key, layer)
+    ref, space, places = _until_it_dies(_layers, key, first), weakref.ref(workspace), _places(fc1, fc2)
+    _keep(_layers, key, Layer(ref, space, shared, group, clamp, limit, maps, places, stream, where))
 
 
 def remember_gradients(
@@ -80,8 +87,9 @@ def remember_gradients(
 ) -> None:  # fmt: skip
     """Buffers that a backward has added to the long way."""
     if stream is not None:
-        found = _Gradients(ops.addresses([*dfc1, *dfc2]), table1.table, table2.table, stream)
-        _keep(_gradients, _key(dfc1), found)
+        first = _first_of(dfc1)
+        ref = _until_it_dies(_gradients, id(first), first)
+        _keep(_gradients, id(first), _Gradients(ref, _places(dfc1, dfc2), table1.table, table2.table, stream))
 
 
 def forward(
@@ -93,24 +101,26 @@ def forward(
     layer = _layers.get((id(fc1[0]), id(group))) if fc1 and fc2 else None
     if layer is None or layer.clamp != clamp or not {type(x), type(ids), type(weights)} <= TENSORS:
         return None
-    home, stream = layer.workspace, unchanged_stream(layer.device)
-    if stream is None or stream != layer.stream or home.closed:
+    home, stream = layer.workspace(), unchanged_stream(layer.device)
+    if home is None or home.closed or layer.first() is not fc1[0] or x.get_device() != layer.device:
+        return None
+    if stream is None or stream != layer.stream:
         return None
     if plan is None:
         if workspace is not home and not (workspace is None and layer.is_shared):
             return None
-        tables, capacity = None, fused_plan.capacity_for(home, ids.numel())
+        tables, capacity, status = None, fused_plan.capacity_for(home, ids.numel()), home.offer_status()
     else:
         if type(plan) is not FusedPlan or plan.workspace is not home or workspace not in (None, home):
             return None
-        tables, capacity = plan.device_plan.tables, plan.device_plan.capacity
+        tables, capacity, status = plan.device_plan.tables, plan.device_plan.capacity, 0
         if plan.device_plan.home != stream or plan.topk_ids.shape != ids.shape:
             return None
     home.guard.check()
     try:
         done = torch.ops.megamoe.plain_forward(
-            home.handle, x, ids, weights, fc1, fc2, layer.addresses, layer.maps.table, layer.maps.inter, tables,
-            capacity, home.offer_status(), layer.limit, stream,
+            home.handle, x, ids, weights, fc1, fc2, layer.places, layer.maps.table, layer.maps.inter, tables,
+            capacity, status, layer.limit, stream,
         )  # fmt: skip
     except Exception:
         with home.launching():
@@ -137,8 +147,10 @@ def backward(
 
     layer: forward's. experts, buffers: fc1's tensors, then as many of fc2.
     """
-    gradients, home, device_plan = _gradients.get(id(buffers[0])), layer.workspace, plan.device_plan
-    if gradients is None or h is None or not set(map(type, buffers)) <= TENSORS:
+    gradients, home, device_plan = _gradients.get(id(buffers[0])), plan.workspace, plan.device_plan
+    if gradients is None or gradients.first() is not buffers[0] or not set(map(type, buffers)) <= TENSORS:
+        return None
+    if h is None or home.closed:
         return None
     stream, n = unchanged_stream(layer.device), len(experts) // 2
     if stream is None or not stream == layer.stream == gradients.stream == device_plan.home:
@@ -147,7 +159,7 @@ def backward(
     try:
         done = torch.ops.megamoe.plain_backward(
             home.handle, device_plan.capacity, device_plan.tables, dy, x, weights, h, layer.maps.table, experts[:n],
-            experts[n:], layer.addresses, buffers[:n], buffers[n:], gradients.addresses, gradients.dfc1,
+            experts[n:], layer.places, buffers[:n], buffers[n:], gradients.places, gradients.dfc1,
             gradients.dfc2, layer.limit, stream,
         )  # fmt: skip
     except Exception:
@@ -156,18 +168,35 @@ def backward(
     return tuple(done) if done else None
 
 
-def _keep(table: dict, key: object, entry: object) -> None:
+def _keep(table: dict, key: object, entry: Layer | _Gradients) -> None:
     if len(table) >= REMEMBERED:
         table.clear()
     table[key] = entry
 
 
-def _key(matrices: Sequence[Tensor]) -> int:
-    return id(matrices.stack if isinstance(matrices, StackedExperts) else matrices[0])
+def _until_it_dies(table: dict, key: object, first: Tensor) -> weakref.ref[Tensor]:
+    """To `first`; takes its entry out of the table when it dies, since another tensor may get its id."""
+
+    def forget(ref: weakref.ref[Tensor]) -> None:
+        if key in table and table[key].first is ref:
+            del table[key]
+
+    return weakref.ref(first, forget)
+
+
+def _first_of(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices.stack if isinstance(matrices, StackedExperts) else matrices[0]
+
+
+def _places(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """int64 on the CPU: L, rows and columns of the first kind, the addresses of both. What operators compare."""
+    numbers = [len(first), *first[0].shape, *[matrix.data_ptr() for matrix in (*first, *second)]]
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _experts(weight: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     """As checks.as_tuple; empty where it is no such thing."""
     if type(weight) in TENSORS:
-        return (weight,)
-    return weight if isinstance(weight, list | tuple) and set(map(type, weight)) <= TENSORS else ()
+        return (weight,) if weight.dim() == 3 else ()
+    plain = isinstance(weight, list | tuple) and weight and set(map(type, weight)) <= TENSORS
+    return weight if plain and weight[0].dim() == 2 else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megamoe_train.functional import moe
 from megamoe_train.fused_plan import FusedPlan
+from megamoe_train.workspace import Workspace
 from tests.gpu.layer_case import Layer, RankResult, assert_layer
 
 
@@ -118,6 +119,40 @@ def assert_plain_passes(leaves: Leaves, **options) -> None:
         assert same(step(["forward", "backward"], plan=FusedPlan.build(space, leaves.ids)))
     leaves.ids = leaves.ids.int()
     assert same(step(["forward", "backward"]))
+
+
+SAME_BYTES = ((512, 128), (256, 256))  # H, I
+
+
+class Pooled:
+    """A sink that hands out fresh views of one pool, for whatever layer comes."""
+
+    def __init__(self, device: torch.device):
+        self.pool, self.places, self.end = torch.zeros(1 << 20, device=device), {}, 0
+
+    def buffer(self, weight: Tensor) -> Tensor:
+        if id(weight) not in self.places:
+            self.places[id(weight)], self.end = self.end, self.end + weight.numel()
+        begin = self.places[id(weight)]
+        return self.pool[begin : begin + weight.numel()].view(weight.shape)
+
+    def finish(self, weight: Tensor, grad: Tensor | None) -> None:
+        return None
+
+
+def assert_fresh_buffers(layers: list[Layer], spaces: Sequence[Workspace | None]) -> None:
+    """Layers whose weights have equal sizes and other shapes take turns at the same memory, which gets new tensors
+    (and they the ids of old ones) at every step: each finds its own gradients there."""
+    sinks = [Pooled(layer.xs[0].device) for layer in layers]
+    for sink in sinks[1:]:
+        sink.pool = sinks[0].pool
+    leaves, first = [Leaves(layer) for layer in layers], {}
+    for _ in range(6):
+        for number, (one, sink) in enumerate(zip(leaves, sinks, strict=True)):
+            sink.pool.zero_()
+            one.run(wgrad_sink=sink, workspace=spaces[number])
+            assert torch.equal(sink.pool, first.setdefault(number, sink.pool.clone())), f"layer {number}"
+    assert any(pool.any() for pool in first.values())
 
 
 def assert_through_autograd(layer: Layer, *, recompute: str | None = None, **options) -> None:

@@ -10,8 +10,10 @@ from megamoe_train import Workspace, WorkspaceShape, backends
 from megamoe_train.functional import moe
 from tests.gpu.layer_case import Case, Layer
 from tests.gpu.leaves import (
+    SAME_BYTES,
     Leaves,
     MainGrads,
+    assert_fresh_buffers,
     assert_plain_passes,
     assert_same,
     assert_through_autograd,
@@ -49,6 +51,11 @@ def test_the_second_step_takes_one_operator_a_pass(poisoned, sizing):
     space = Workspace.create(WorkspaceShape(1, 8, 3, 512, 600), deadline_s=5.0, **sizing)
     assert_plain_passes(Leaves(Layer(CASE)), workspace=space)
     space.close()
+
+
+def test_gradients_in_fresh_tensors(poisoned):
+    layers = [Layer(Case(Load("uniform", (40,), 1, 2), h, i)) for h, i in SAME_BYTES]
+    assert_fresh_buffers(layers, [None, None])
 
 
 def test_recompute_gives_the_same_bits(poisoned):

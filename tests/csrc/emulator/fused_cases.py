@@ -11,7 +11,14 @@ from tests.gpu.fused_run import VirtualRanks, assert_same_bits
 from tests.gpu.gemm_case import Case as GemmCase
 from tests.gpu.gemm_case import assert_products, assert_wgrad
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
-from tests.gpu.leaves import Leaves, assert_plain_passes, assert_same, assert_through_autograd
+from tests.gpu.leaves import (
+    SAME_BYTES,
+    Leaves,
+    assert_fresh_buffers,
+    assert_plain_passes,
+    assert_same,
+    assert_through_autograd,
+)
 from tests.gpu.virtual import Load
 
 from .ranks import EmulatedRanks, at_once
@@ -91,6 +98,14 @@ def through_autograd() -> None:
             assert_same(whole, one)
 
 
+def fresh_buffers() -> None:
+    """Gradients of two layers of as many bytes, in tensors that are new at every step."""
+    layers = [Layer(Case(Load("uniform", (40,), 1, 2), h, i), device="cpu") for h, i in SAME_BYTES]
+    with at_once():
+        spaces = [EmulatedRanks(layer.case.load, layer.case.hidden).workspaces[0] for layer in layers]
+        assert_fresh_buffers(layers, spaces)
+
+
 CASES = {
     "fused, 1 rank": lambda: fused(Case(Load("zipf", (150,), 16, 40), 256, 128), 6),
     "fused, 1 rank, many rows": lambda: fused(Case(Load("uniform", (330,), 1, 1), 256, 256, 10.0), 4),
@@ -99,5 +114,6 @@ CASES = {
     "fused, gradients added or not wanted": fused_gradients,
     "fused, overflow": fused_overflow,
     "moe through autograd": through_autograd,
+    "gradients in fresh tensors": fresh_buffers,
     "products": products,
 }
