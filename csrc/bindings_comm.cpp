@@ -26,20 +26,7 @@ void plan_layout(int64_t ranks, int64_t experts, int64_t slots, Tensor out) {
 
 void plan(int64_t phase, Tensor handle, Tensor ids, int64_t row_tile, int64_t capacity, Tensor tables,
           OptionalTensor source_of, int64_t status, int64_t stream) {
-    megamoe::PlanArgs args{};
-    args.workspace = handle_of(handle);
-    args.wide_ids = ids.scalar_type() == ScalarType::Long;
-    STD_TORCH_CHECK(args.wide_ids || ids.scalar_type() == ScalarType::Int, "megamoe: ids must be int32 or int64");
-    STD_TORCH_CHECK(ids.is_contiguous() && ids.dim() == 2 && ids.size(1) == args.workspace.top_k,
-                    "megamoe: ids must be a contiguous [T, ", args.workspace.top_k, "]");
-    args.ids = ids.data_ptr();
-    args.tokens = ids.size(0);
-    args.row_tile = static_cast<int>(row_tile);
-    args.capacity = capacity;
-    // Without an overflow M <= capacity, and capacity is what source_of holds.
-    args.plan = megamoe::plan_of(args.workspace, args.tokens, capacity, tables, source_of);
-    args.status = status;
-    args.stream = reinterpret_cast<cudaStream_t>(stream);
+    const auto args = megamoe::plan_args(handle_of(handle), ids, row_tile, capacity, tables, source_of, status, stream);
     megamoe::run_plan(static_cast<megamoe::PlanPhase>(phase), args);
 }
 

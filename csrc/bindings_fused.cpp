@@ -80,7 +80,7 @@ void set_gradients(FusedArgs& args, int which, const OptionalTensor& table, bool
     args.accumulate[which] = accumulate;
 }
 
-// What is left to do of a pass: all, all but the staging, or the fused launch alone.
+// Which parts of a pass to launch: staging and announcement, the fused kernel, both, or all but the staging.
 enum Step : int64_t { kBegin = 0, kLaunch = 1, kBoth = 2, kStaged = 3 };
 
 void run_step(int64_t step, const FusedArgs& args) {
@@ -167,22 +167,6 @@ struct Plain {
     }
 };
 
-// A plan in one call, into tables of its own.
-void plan_tokens(const WorkspaceHandle& workspace, const Tensor& ids, int64_t capacity, const Tensor& tables,
-                 int64_t status, int64_t stream) {
-    PlanArgs plan{};
-    plan.workspace = workspace;
-    plan.wide_ids = ids.scalar_type() == ScalarType::Long;
-    plan.ids = ids.data_ptr();
-    plan.tokens = ids.size(0);
-    plan.row_tile = kCounterTileRows;
-    plan.capacity = capacity;
-    plan.plan = plan_of(workspace, plan.tokens, capacity, tables, {});
-    plan.status = status;
-    plan.stream = reinterpret_cast<cudaStream_t>(stream);
-    run_plan(PlanPhase::kAll, plan);
-}
-
 // Forward of a plain call, and its plan where `planned`, its tables, is not given: y, h, the plan's tables. Nothing
 // (and nothing announced) where it is not plain, or where memory for its results is short.
 std::vector<Tensor> plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, std::vector<Tensor> fc1,
@@ -217,7 +201,9 @@ std::vector<Tensor> plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor we
         y = torch::stable::new_empty(x, {tokens, hidden});
         h = torch::stable::new_empty(x, {capacity, 2 * inter});
     } catch (const std::exception&) { return {}; }
-    if (!planned) plan_tokens(workspace, ids, capacity, *tables, status, stream);
+    if (!planned) {
+        run_plan(PlanPhase::kAll, plan_args(workspace, ids, kCounterTileRows, capacity, *tables, {}, status, stream));
+    }
     forward(kStaged, handle, capacity, *tables, {}, x, weights, maps, *h, *y, *scratch, limit, 0, stream);
     return {*y, *h, *tables};
 }

@@ -109,27 +109,20 @@ def _device_plan(workspace: Workspace, ids: Tensor) -> ops_plan.DevicePlan:
 def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_plan.DevicePlan:
     if workspace.sizing == "exact":
         return ops_plan.build_plan(workspace, ids, sizing="exact")
-    if workspace.sizing == "fixed":
-        plan = ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=capacity_for(workspace, ids.numel()))
-        _note(plan)
-        return plan
-    if torch.cuda.is_current_stream_capturing():
+    if workspace.sizing == "high_water" and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             'sizing: got "high_water" while a CUDA graph is captured; allowed: '
             'Workspace.create(..., sizing="fixed", capacity=ROWS), where the host reads nothing'
         )
-    return ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=capacity_for(workspace, ids.numel()))
+    plan = ops_plan.build_plan(workspace, ids, sizing="fixed", capacity=capacity_for(workspace, ids.numel()))
+    note_launch(plan)
+    return plan
 
 
-def note_launch(plan: FusedPlan) -> None:
-    """After a plan was launched without `FusedPlan.build`."""
+def note_launch(plan: ops_plan.DevicePlan) -> None:
+    """In the fixed mode a plan's verdict is read by later calls."""
     if plan.workspace.sizing == "fixed":
-        _note(plan.device_plan)
-
-
-def _note(plan: ops_plan.DevicePlan) -> None:
-    """Its verdict is read by later calls."""
-    plan.workspace.unread.append((plan.status, torch.cuda.is_current_stream_capturing()))
+        plan.workspace.unread.append((plan.status, torch.cuda.is_current_stream_capturing()))
 
 
 def capacity_for(workspace: Workspace, slots: int) -> int:

@@ -130,7 +130,7 @@ def forward(
     y, h, tables = done
     if plan is None:
         plan = FusedPlan(home, ids, ops_plan.DevicePlan(home, ids, capacity, home.take_status(), tables, stream))
-        fused_plan.note_launch(plan)
+        fused_plan.note_launch(plan.device_plan)
 
     def again(device_plan: ops_plan.DevicePlan) -> tuple[Tensor, Tensor]:
         return ops_fused.forward(device_plan, x, weights, layer.maps, clamp=clamp)

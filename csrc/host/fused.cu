@@ -129,8 +129,8 @@ StageParams staging_of(const FusedArgs& args) {
     stage.row_bytes = 2 * args.workspace.hidden;
     stage.tokens = static_cast<int>(args.tokens);
     stage.top_k = static_cast<int>(args.workspace.top_k);
-    if (args.backward) stage.rows[stage.count++] = {1, args.dy, args.weights};
-    if (!args.backward) stage.rows[stage.count++] = {0, args.x, args.weights};
+    stage.rows[stage.count++] =
+        args.backward ? StagedRows{1, args.dy, args.weights} : StagedRows{0, args.x, args.weights};
     if (args.second_pool != nullptr) stage.rows[stage.count++] = {0, args.x, nullptr};
     return stage;
 }

@@ -64,4 +64,24 @@ inline PlanPointers plan_of(const WorkspaceHandle& workspace, int64_t tokens, in
     return plan;
 }
 
+// ids: [T, K] int32 or int64. status: address of the verdict.
+inline PlanArgs plan_args(const WorkspaceHandle& workspace, const Tensor& ids, int64_t row_tile, int64_t capacity,
+                          const Tensor& tables, const OptionalTensor& source_of, int64_t status, int64_t stream) {
+    PlanArgs args{};
+    args.workspace = workspace;
+    args.wide_ids = ids.scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(args.wide_ids || ids.scalar_type() == ScalarType::Int, "megamoe: ids must be int32 or int64");
+    STD_TORCH_CHECK(ids.is_contiguous() && ids.dim() == 2 && ids.size(1) == workspace.top_k,
+                    "megamoe: ids must be a contiguous [T, ", workspace.top_k, "]");
+    args.ids = ids.data_ptr();
+    args.tokens = ids.size(0);
+    args.row_tile = static_cast<int>(row_tile);
+    args.capacity = capacity;
+    // Without an overflow M <= capacity, and capacity is what source_of holds.
+    args.plan = plan_of(workspace, args.tokens, capacity, tables, source_of);
+    args.status = status;
+    args.stream = reinterpret_cast<cudaStream_t>(stream);
+    return args;
+}
+
 }  // namespace megamoe

@@ -1,4 +1,5 @@
-// Dispatch role: a warp pulls rows from the staging buffers of the ranks that hold the tokens into this rank's pool.
+// Dispatch role: a warp pulls tokens from the staging buffers of the ranks that hold them into rows of this rank's
+// pool.
 #pragma once
 #include <climits>
 
@@ -29,17 +30,17 @@ struct RowsParams {
     int experts;                 // E
     const int* plan_control;     // kPlanCode, kPlanId
     const long long* source_of;  // [M]
-    int* row_of;          // [R, most tokens of a rank, K] dispatch: source_of's inverse, for rows of peers; scratch
-    const int* num_rows;  // M, in device memory: expert_offset[L]
-    const long long* slot_of;  // [T, K]
-    const int* ids;            // [T, K]
-    uint8_t* pool;             // [>= M, H] bf16, this rank's rows
-    uint8_t* tokens_in;        // [T, H] bf16: x or dy of this rank
-    uint8_t* tokens_out;       // [T, H] bf16: y or dx of this rank
-    const float* weights;      // [T, K] p of this rank; null: not dispatched
-    float* row_weights;        // [M] dispatch: p of each row; combine: dp of each row; null: none
-    float* dweights;           // [T, K] dp as it came back; null: none
-    int* control;              // zeroed by announce: RowsControl, or a fused pass's counters
+    int* row_of;                 // [R, T at most, K] dispatch: scratch, see rows_of_token
+    const int* num_rows;         // M, in device memory: expert_offset[L]
+    const long long* slot_of;    // [T, K]
+    const int* ids;              // [T, K]
+    uint8_t* pool;               // [>= M, H] bf16, this rank's rows
+    uint8_t* tokens_in;          // [T, H] bf16: x or dy of this rank
+    uint8_t* tokens_out;         // [T, H] bf16: y or dx of this rank
+    const float* weights;        // [T, K] p of this rank; null: not dispatched
+    float* row_weights;          // [M] dispatch: p of each row; combine: dp of each row; null: none
+    float* dweights;             // [T, K] dp as it came back; null: none
+    int* control;                // zeroed by announce: RowsControl, or a fused pass's counters
     int control_ints;
 };
 
@@ -98,7 +99,7 @@ __device__ __forceinline__ void wait_for_peers(const Peers& peers, int rank, uin
     ptx::fence_async();
 }
 
-// The rows of this rank that hold one token of a peer, [K].
+// The rows of this rank that hold one token of a peer, [K]: source_of's inverse. Negative: that slot has none here.
 __device__ __forceinline__ int* rows_of_token(const RowsParams& params, int rank, int token) {
     return params.row_of + (rank * params.peers.layout.shape.tokens + token) * params.top_k;
 }

@@ -80,12 +80,12 @@ class Bench:
         self.plan = ops_plan.build_plan(self.workspace, self.ids, sizing="exact")
         self.workspace.high_water = ops_plan.round_capacity(self.plan.settle())
         source, flat = decode_source(self.plan.source_of)
-        local = ((self.plan.source_of >= 0) & (source == self.rank)).sum()
-        from_peers = (self.plan.source_of >= 0) & (source != self.rank)
+        kept = self.plan.source_of >= 0
+        from_peers = kept & (source != self.rank)
         tokens = torch.stack([source, flat // case.top_k], dim=1)[from_peers].unique(dim=0)
         self.crossing_bytes = len(tokens) * case.hidden * 2
-        self.kept = int((self.plan.source_of >= 0).sum())
-        self.remote_bytes = (self.kept - int(local)) * case.hidden * 2
+        self.kept = int(kept.sum())
+        self.remote_bytes = int(from_peers.sum()) * case.hidden * 2
         self.pool = torch.empty(self.plan.settle(), case.hidden, device="cuda", dtype=torch.bfloat16)
         self.y = torch.empty_like(self.x)
 
