@@ -53,5 +53,6 @@ class Recipe:
     notes: tuple[str, ...] = ()  # limits, printed when the job starts
     stand_ins: tuple[StandIn, ...] = ()  # printed when the job starts
     env: Mapping[str, str] = field(default_factory=dict)  # environment variables, where the user has not set them
+    has_run: str = ""  # where, and how far; empty: never
     for_h100: bool = False  # refused without a GPU, and where the memory model says that 80 GB are too few
     needs_data: bool = False  # refused without --data: the texts that Python carries would be no training

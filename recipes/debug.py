@@ -15,6 +15,7 @@ def debug(world: World) -> Recipe:
         summary="3 layers, 32 experts of 128, top-6, hidden 256: DeepSeek-V4's layer, small; minutes on two CPU cores",
         settings={**_MODEL, **_ROUTER, **_TRAINING, **_RUN, **_precision(world), **_parallel(world)},
         most_ranks=2,
+        has_run="on the CPU",
         notes=(
             "attention is causal multi-query attention with rotary positions; V4's compressed sparse attention, "
             "hyper-connections and hash-routed first layers are not in megatron-core 0.19.2",

@@ -33,7 +33,8 @@ def deepseek_v4_flash_proxy_1gpu_h100_bf16(world: World) -> Recipe:
 
 def deepseek_v4_flash_proxy_2gpu_h100_bf16(world: World) -> Recipe:
     """3 layers of 64 experts on 2 GPUs, EP = 2."""
-    return _proxy("deepseek_v4_flash_proxy_2gpu_h100_bf16", world, layers=3, experts=64)
+    ran = "2x H200 141GB, 200 steps"
+    return _proxy("deepseek_v4_flash_proxy_2gpu_h100_bf16", world, layers=3, experts=64, ran=ran)
 
 
 def _pretrain(name: str, world: World, *, stages: int) -> Recipe:
@@ -60,7 +61,7 @@ def _pretrain(name: str, world: World, *, stages: int) -> Recipe:
     )
 
 
-def _proxy(name: str, world: World, *, layers: int, experts: int) -> Recipe:
+def _proxy(name: str, world: World, *, layers: int, experts: int, ran: str = "") -> Recipe:
     shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 64, "lr": 2.7e-4, "min-lr": 2.7e-5}
     return Recipe(
         name=name,
@@ -78,7 +79,8 @@ def _proxy(name: str, world: World, *, layers: int, experts: int) -> Recipe:
             h100.parallel(1, layers, expert=min(world.num_ranks, 2)),
         ),
         most_ranks=2,
-        notes=(*v4.PROXY_NOTES, h100.NEVER_RUN),
+        has_run=ran,
+        notes=(*v4.PROXY_NOTES, f"has run {h100.H200_ONLY.format(ran)}" if ran else h100.NEVER_RUN),
         stand_ins=v4.stand_ins(world)[:4],
         env=h100.ENV,
         for_h100=True,
