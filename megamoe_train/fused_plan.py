@@ -122,7 +122,7 @@ def _sized_plan(workspace: Workspace, ids: Tensor) -> ops_plan.DevicePlan:
 def note_launch(plan: ops_plan.DevicePlan) -> None:
     """In the fixed mode a plan's verdict is read by later calls."""
     if plan.workspace.sizing == "fixed":
-        plan.workspace.unread.append((plan.status, torch.cuda.is_current_stream_capturing()))
+        plan.workspace.verdicts.unread.append((plan.status, torch.cuda.is_current_stream_capturing()))
 
 
 def capacity_for(workspace: Workspace, slots: int) -> int:
@@ -146,17 +146,18 @@ def check_workspace(workspace: Workspace, *, wait: bool = False) -> None:
         with workspace.guard.watch():
             torch.cuda.synchronize(workspace.memory.device)
     workspace.guard.check()
-    waiting, workspace.unread = workspace.unread, []
+    verdicts = workspace.verdicts
+    waiting, verdicts.unread = verdicts.unread, []
     for number, (status, captured) in enumerate(waiting):
         judged = bool(status[0])
         if captured or not judged:
-            workspace.unread.append((status, captured))
+            verdicts.unread.append((status, captured))
         if judged:
             try:
                 ops_plan.read_verdict(status, workspace.shape)
             except (ValueError, ops_plan.RowOverflow):
                 status[0] = 0  # a captured plan's next verdict is its next replay's
-                workspace.unread += waiting[number + 1 :]
+                verdicts.unread += waiting[number + 1 :]
                 raise
 
 

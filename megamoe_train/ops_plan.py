@@ -204,7 +204,8 @@ def _new_plan(workspace: Workspace, ids: Tensor, capacity: int, row_tile: int) -
     source_of = 0 if capacity == MAX_ROWS else 8 * capacity
     # One allocation: each costs host time, and the kernels wait for the host at the start of a layer.
     tables = torch.empty((before + source_of) // 4, dtype=torch.int32, device=ids.device)
-    status, home = workspace.next_status(), stream_of(workspace)
+    captured = workspace.memory.is_cuda and torch.cuda.is_current_stream_capturing()
+    status, home = workspace.verdicts.next(captured=captured), stream_of(workspace)
     return DevicePlan(workspace, ids.contiguous(), capacity, status, tables, home, row_tile)
 
 

@@ -109,7 +109,7 @@ def forward(
     if plan is None:
         if workspace is not home and not (workspace is None and layer.is_shared):
             return None
-        tables, capacity, status = None, fused_plan.capacity_for(home, ids.numel()), home.offer_status()
+        tables, capacity, status = None, fused_plan.capacity_for(home, ids.numel()), home.verdicts.offer()
     else:
         if type(plan) is not FusedPlan or plan.workspace is not home or workspace not in (None, home):
             return None
@@ -129,7 +129,7 @@ def forward(
         return None
     y, h, tables = done
     if plan is None:
-        plan = FusedPlan(home, ids, ops_plan.DevicePlan(home, ids, capacity, home.take_status(), tables, stream))
+        plan = FusedPlan(home, ids, ops_plan.DevicePlan(home, ids, capacity, home.verdicts.take(), tables, stream))
         fused_plan.note_launch(plan.device_plan)
 
     def again(device_plan: ops_plan.DevicePlan) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import comm, extension, ops, versions, watchdog
 from .config import HIDDEN_MULTIPLE, MAX_TOP_K, MegaMoEConfig, check_choice
 from .plan import ROW_TILE
+from .verdicts import Verdicts
 
 ALIGNMENT = 1024
 STAGING_BUFFERS = 2
@@ -25,8 +26,6 @@ STATE_WORDS = 5 + STAGING_BUFFERS
 HEADER_INTS = 8
 MAX_RANKS = 64
 MAX_EXPERTS = 1024
-STATUS_SLOTS = 1024  # plans whose verdict the host has not read yet
-STATUS_INTS = 8
 ABORT_S = 1.0  # for the peers to be told
 SIZINGS = ("high_water", "fixed", "exact")
 LAYOUT_VERSION = 3  # to be raised with any change of csrc/layout/workspace.cuh
@@ -162,12 +161,7 @@ class Workspace:
         self.sizing, self.capacity = "high_water", 0  # how many rows pools are allocated for; see create
         self.high_water = 0  # rows that pools are allocated for
         self.most_rows = 0  # M of the largest load so far
-        statuses = torch.zeros(STATUS_SLOTS, STATUS_INTS, dtype=torch.int64, pin_memory=memory.is_cuda)
-        self.statuses = statuses.unbind(0)  # cut once, not in every call
-        self._status_words, self._status_address = memoryview(statuses.view(-1).numpy()), statuses.data_ptr()
-        self.plans = 0
-        self.kept_slots: set[int] = set()  # statuses that captured graphs write again at every replay
-        self.unread: list[tuple[Tensor, bool]] = []  # statuses nobody waits for, and whether a graph has captured them
+        self.verdicts = Verdicts(pinned=memory.is_cuda)
         self.handle = torch.tensor(
             [
                 bases.data_ptr(), rank, shape.ranks, shape.experts, shape.top_k, shape.hidden, shape.tokens,
@@ -237,29 +231,6 @@ class Workspace:
         """A view of one region of this rank's own memory. Kernels may be writing it: for tests and debugging."""
         begin = getattr(self.layout, name)
         return self.memory[begin:].view(dtype)[: int(torch.Size(size).numel())].view(size)
-
-    def next_status(self) -> Tensor:
-        """int64 [8] of pinned host memory for the verdict of the next plan, its first word 0, which the verdict sets
-        last; used again 1024 plans later."""
-        self.offer_status()
-        if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
-            self.kept_slots.add(self.plans % STATUS_SLOTS)
-        return self.take_status()
-
-    def offer_status(self) -> int:
-        """Its address, for a plan that may not come about: only take_status, once it has, goes on to the next."""
-        if len(self.kept_slots) == STATUS_SLOTS:
-            raise RuntimeError(f"workspace: captured graphs hold all {STATUS_SLOTS} verdicts; capture with another one")
-        while self.plans % STATUS_SLOTS in self.kept_slots:
-            self.plans += 1
-        first = self.plans % STATUS_SLOTS * STATUS_INTS
-        self._status_words[first] = 0
-        return self._status_address + 8 * first
-
-    def take_status(self) -> Tensor:
-        """The memory offered last, not cleared again."""
-        slot, self.plans = self.plans % STATUS_SLOTS, self.plans + 1
-        return self.statuses[slot]
 
     def launching(self) -> _Launching:
         """Around one rank's part of a collective call. A rank that fails in it (out of memory) ends the others' waits

@@ -20,6 +20,7 @@ import megamoe_train
 from megamoe_train import ops_plan, reference, workspace
 from megamoe_train.functional import moe
 from megamoe_train.plan import RoutingPlan, build_plan
+from megamoe_train.verdicts import Verdicts
 from megamoe_train.workspace import Shape, Workspace
 from tests.test_autograd import leaves_of
 from tests.workloads import make_layer
@@ -34,11 +35,8 @@ class FakeWorkspace(Workspace):
         self.layout = workspace.layout_of(shape)
         self.memory = torch.empty(0)
         self.guard = types.SimpleNamespace(watch=contextlib.nullcontext, check=lambda: None, failure=lambda: None)
-        self.high_water = self.most_rows = self.plans = self.aborted = 0
-        statuses = torch.zeros(workspace.STATUS_SLOTS, workspace.STATUS_INTS, dtype=torch.int64)
-        self.statuses, self._status_words = statuses.unbind(0), memoryview(statuses.view(-1).numpy())
-        self._status_address = statuses.data_ptr()
-        self.kept_slots, self.unread = set(), []
+        self.high_water = self.most_rows = self.aborted = 0
+        self.verdicts = Verdicts(pinned=False)
         self.closed, self.group = False, None
 
     def abort(self) -> None:
@@ -59,9 +57,9 @@ class FakeDevicePlan(ops_plan.DevicePlan):
 
 
 def fake_build_plan(space: FakeWorkspace, ids: Tensor, *, sizing: str = "high_water", capacity: int = 0):
-    experts, status = space.shape.experts, space.next_status()
+    experts, status = space.shape.experts, space.verdicts.next(captured=False)
     bad = ((ids < -1) | (ids >= experts)).flatten().nonzero()
-    status[0] = space.plans
+    status[0] = space.verdicts.plans
     truth = None
     if len(bad):
         where = int(bad[0])

@@ -165,4 +165,4 @@ def test_the_module_runs_on_it():
         assert torch.equal(y, moe(x, ids, weights, layer.fc1, layer.fc2, backend="reference"))
         y.backward(dy)
         assert layer.fc1.grad.isfinite().all() and layer.fc1.grad.abs().max() > 0
-        assert layer.workspace is None or layer.workspace.plans == 1
+        assert layer.workspace is None or layer.workspace.verdicts.plans == 1

@@ -12,6 +12,7 @@ import torch
 from megamoe_train import ops_plan
 from megamoe_train.functional import moe
 from megamoe_train.plan import ROW_TILE, build_plan
+from megamoe_train.verdicts import Verdicts
 from megamoe_train.workspace import Shape
 from tests.fake_fused import NAMES, FakeWorkspace, fused, layer_of, run, same_as_reference, two_ranks  # noqa: F401
 from tests.test_autograd import leaves_of
@@ -93,20 +94,30 @@ def test_a_captured_plan_is_judged_at_every_replay(fused, monkeypatch):  # noqa:
     check_workspace(space)  # told once
     plan.device_plan.status[:2] = torch.tensor([3, ops_plan.PlanCode.GOOD])
     check_workspace(space)
-    assert len(space.unread) == 1
+    assert len(space.verdicts.unread) == 1
 
 
-def test_statuses_of_captured_plans_are_not_used_again(monkeypatch):
-    space = two_ranks()
-    space.memory = type("OnCuda", (), {"is_cuda": True})()
-    capturing = False
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    space.next_status()
-    capturing = True
-    kept = space.next_status()
-    capturing = False
-    seen = {space.next_status().data_ptr() for _ in range(3000)}
-    assert kept.data_ptr() not in seen and len(seen) == len(space.statuses) - 1
+def test_statuses_of_captured_plans_are_not_used_again():
+    verdicts = Verdicts(pinned=False)
+    verdicts.next(captured=False)
+    kept = verdicts.next(captured=True)
+    seen = {verdicts.next(captured=False).data_ptr() for _ in range(3000)}
+    assert kept.data_ptr() not in seen and len(seen) == len(verdicts.statuses) - 1
+    for _ in range(len(verdicts.statuses) - 1):
+        verdicts.next(captured=True)
+    with pytest.raises(RuntimeError, match="captured graphs hold all 1024 verdicts"):
+        verdicts.next(captured=False)
+
+
+def test_a_plan_that_did_not_come_about_leaves_its_status_to_the_next():
+    verdicts = Verdicts(pinned=False)
+    offered = verdicts.offer()
+    assert verdicts.offer() == offered and verdicts.plans == 0
+    taken = verdicts.take()
+    assert taken.data_ptr() == offered and verdicts.plans == 1
+    taken[0] = 7
+    verdicts.plans += len(verdicts.statuses) - 1
+    assert verdicts.next(captured=False).data_ptr() == offered and taken[0] == 0  # cleared when it is offered again
 
 
 # ---- plans, ids, workspaces ------------------------------------------------------------------------------------------

@@ -53,10 +53,10 @@ def compare() -> None:
     ours.module.load_state_dict(theirs.module.state_dict())
     second = layer_on("auto", ep_size)
     (space,) = workspaces.made()  # of both layers
-    assert space.shape.tokens == TOKENS and space.plans == 0
+    assert space.shape.tokens == TOKENS and space.verdicts.plans == 0
     others = len(fused_plan._shared)
     found, expected = steps(ours, 3), steps(theirs, 3)
-    assert space.plans >= 3 and len(fused_plan._shared) == others
+    assert space.verdicts.plans >= 3 and len(fused_plan._shared) == others
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         error = relative_error(found[name], value)
@@ -66,7 +66,7 @@ def compare() -> None:
     again = steps(ours, 3)
     assert all(torch.equal(again[name], found[name]) for name in found), "not repeatable"
     steps(second, 1)
-    assert space.plans >= 7
+    assert space.verdicts.plans >= 7
     space.close()
 
 

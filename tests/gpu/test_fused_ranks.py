@@ -86,8 +86,8 @@ def _overflow() -> None:
     dist.all_reduce(grown)
     assert int(grown) == 1, "only the hot rank keeps more room"
     assert same(step(hot, space), result)
-    plans = space.plans
-    assert same(step(hot, space), result) and space.plans == plans + 1  # it fits now: one plan a forward
+    plans = space.verdicts.plans
+    assert same(step(hot, space), result) and space.verdicts.plans == plans + 1  # it fits now: one plan a forward
     space.close()
 
 
