@@ -84,7 +84,8 @@ def recipe_table() -> str:
         most = memory.largest(model, Layout.of(recipe.settings, ranks, model))
         billions = memory.total_parameters(model) / 1e9
         size = f"{billions:,.0f}B" if billions >= 100 else f"{billions:.3g}B"
-        rows.append((f"`{name}`", recipe.summary, size, f"{most.total / memory.GIB:.1f} GiB", recipe.has_run or "never"))
+        holds = f"{most.total / memory.GIB:.1f} GiB"
+        rows.append((f"`{name}`", recipe.summary, size, holds, recipe.has_run or "never"))
     return table(("recipe", "what it trains", "parameters", "a GPU holds", "has run"), rows)
 
 
