@@ -10,8 +10,9 @@
 *Curves*: same recipe, seed, data and order, each run in processes of its own; Megatron's experts (TEGroupedMLP where
 TransformerEngine is installed, SequentialMLP where it is not) under alltoall, the fused call on the same parameters
 under megamoe. A noise run is alltoall with every initial weight moved by one unit in the last place of its type, up or
-down; megamoe has to stay within the largest distance of the noise runs. Step times are medians over the steps after
-the first `--skip`; memory is the largest of any rank. A run that `--out` holds already is not repeated.
+down; megamoe has to stay within the largest distance of the noise runs. `--again` shows what chance alone does:
+alltoall once more from the same weights. Step times are medians over the steps after the first `--skip`; memory is
+the largest of any rank. A run that `--out` holds already is not repeated.
 
 *Gradients*: of every parameter at `--gradient-steps`, beside what alltoall makes of the same step in bf16 and in fp32
 (training_gradients.py). `--faults` trains megamoe with known faults (training_faults.py): each has to be noticed.
@@ -192,6 +193,8 @@ def compare_curves(options: argparse.Namespace, ranks: int, tokens: int) -> dict
     if options.fixed_rows:
         fixed = ("megamoe-sizing=fixed", f"megamoe-capacity={options.fixed_rows}")
         runs.append(one_run("megamoe, fixed rows", "megamoe", options, ranks, sets=fixed))
+    if options.again:
+        runs.append(one_run("alltoall again", "alltoall", options, ranks))
     runs += [one_run(f"noise-{n}", "alltoall", options, ranks, noise=n) for n in range(1, options.noise_runs + 1)]
     losses = {run["name"]: [step["loss"] for step in run["steps"]] for run in runs}
     apart = {name: training_checks.distance(losses[name], losses["alltoall"]) for name in list(losses)[1:]}
@@ -236,6 +239,7 @@ def main() -> int:
     parser.add_argument(
         "--fixed-rows", type=int, metavar="ROWS", help="one more curve: megamoe with pools of that size"
     )
+    parser.add_argument("--again", action="store_true", help="one more curve: alltoall from the same weights")
     parser.add_argument("--gradient-steps", type=int, nargs="+", default=[1, 50], metavar="STEP")
     parser.add_argument("--faults", nargs="+", default=[], choices=list(FAULTS), help="each has to be noticed")
     parser.add_argument("--data", nargs="+", default=[], metavar="PATH")
