@@ -62,7 +62,7 @@ def _pretrain(name: str, world: World, *, stages: int) -> Recipe:
 
 
 def _proxy(name: str, world: World, *, layers: int, experts: int, ran: str = "") -> Recipe:
-    shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 64, "lr": 2.7e-4, "min-lr": 2.7e-5}
+    shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 64}
     return Recipe(
         name=name,
         summary=f"DeepSeek-V4-Flash's layer at its widths: {layers} layers, {experts} experts, top-6",

@@ -61,7 +61,7 @@ def _pretrain(name: str, world: World, *, stages: int) -> Recipe:
 
 
 def _proxy(name: str, world: World, *, layers: int, experts: int) -> Recipe:
-    shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 128, "lr": 2.0e-4, "min-lr": 2.0e-5}
+    shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 128}
     return Recipe(
         name=name,
         summary=f"DeepSeek-V4-Pro's layer at its widths: {layers} layers, {experts} experts, top-6",
