@@ -77,7 +77,7 @@ GemmParams wgrad_of(const FusedArgs& args, int which, const void* left, int64_t 
     wgrad.wanted = args.gradient_maps[which] != nullptr;
     if (!wgrad.wanted) return wgrad;
     wgrad.a = map_of(MapKind::kOperandMN, left, args, rows);
-    wgrad.b = map_of(MapKind::kRightMN, right, args, cols);
+    wgrad.b = map_of(MapKind::kWeightMN, right, args, cols);
     wgrad.expert_maps = static_cast<const CUtensorMap*>(args.gradient_maps[which]);
     wgrad.gradients = args.gradients[which];
     wgrad.accumulate = args.accumulate[which];

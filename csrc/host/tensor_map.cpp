@@ -37,7 +37,6 @@ Box box_of(MapKind kind) {
         case MapKind::kOperandMN: return {64, 1};
         case MapKind::kOutput: return {64, 0};
         case MapKind::kGradient: return {64, 0};
-        case MapKind::kRightMN: return {32, 3};
     }
     throw std::runtime_error("megamoe: unknown tensor map kind " + std::to_string(static_cast<int>(kind)));
 }

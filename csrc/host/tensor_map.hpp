@@ -15,7 +15,6 @@ enum class MapKind : int {
     kOperandMN = 3,   // [1][64 k][64 m]: left operand of a wgrad
     kOutput = 4,      // 64 rows: what a storer sends
     kGradient = 5,    // the same in fp32: 64 rows of 32 columns
-    kRightMN = 6,     // [3][32 k][64 n]: right operand of a wgrad, half of a stage's rows
 };
 
 // Describes the row-major matrix [rows, cols] at `address`. Throws std::runtime_error naming what is wrong.

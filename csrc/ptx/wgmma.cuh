@@ -1,4 +1,4 @@
-// Warpgroup matrix multiply: D[64, N] (fp32, registers) += A[64, 16] * B[16, N], bf16 from shared memory.
+// Warpgroup matrix multiply: D[64, 256] (fp32, registers) += A[64, 16] * B[16, 256], bf16 from shared memory.
 #pragma once
 #include "ptx/layout.cuh"
 
@@ -12,66 +12,46 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving the first kCount accumulators across asynchronous matrix instructions.
-template <int kCount>
+// Keeps the compiler from moving accumulator registers across asynchronous matrix instructions.
 __device__ __forceinline__ void pin_accumulators(float (&d)[128]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Operands 0, 1, ... of the instruction with N columns, N / 2 of them; and what they stand for.
-#define MEGAMOE_REGISTERS_64                                               \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MEGAMOE_REGISTERS_128                                                          \
-    MEGAMOE_REGISTERS_64                                                               \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MEGAMOE_REGISTERS_192                                                          \
-    MEGAMOE_REGISTERS_128                                                              \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define MEGAMOE_REGISTERS_256                                                                      \
-    MEGAMOE_REGISTERS_192                                                                          \
-    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define MEGAMOE_FOUR(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
-#define MEGAMOE_SIXTEEN(i) MEGAMOE_FOUR(i), MEGAMOE_FOUR((i) + 4), MEGAMOE_FOUR((i) + 8), MEGAMOE_FOUR((i) + 12)
-#define MEGAMOE_ACCUMULATORS_64 MEGAMOE_SIXTEEN(0), MEGAMOE_SIXTEEN(16)
-#define MEGAMOE_ACCUMULATORS_128 MEGAMOE_ACCUMULATORS_64, MEGAMOE_SIXTEEN(32), MEGAMOE_SIXTEEN(48)
-#define MEGAMOE_ACCUMULATORS_192 MEGAMOE_ACCUMULATORS_128, MEGAMOE_SIXTEEN(64), MEGAMOE_SIXTEEN(80)
-#define MEGAMOE_ACCUMULATORS_256 MEGAMOE_ACCUMULATORS_192, MEGAMOE_SIXTEEN(96), MEGAMOE_SIXTEEN(112)
-
-// The operands behind them: descriptors of A and B, `accumulate`, and which index of A and B is contiguous.
-#define MEGAMOE_WGMMA(n, a_at, b_at, accumulate_at, major_a_at, major_b_at)                           \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate_at                                  \
-                 ", 0;\n"                                                                             \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" MEGAMOE_REGISTERS_##n   \
-                 "}, %" #a_at ", %" #b_at ", p, 1, 1, %" #major_a_at ", %" #major_b_at ";\n}"         \
-                 : MEGAMOE_ACCUMULATORS_##n                                                           \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajorA)), \
-                   "n"(static_cast<int>(kMajorB)))
-
-// N = kColumns: 64, 128, 192 or 256. D: the first N / 2 accumulators. `accumulate` false overwrites D.
-template <int kColumns, Major kMajorA, Major kMajorB>
-__device__ __forceinline__ void wgmma_k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-    static_assert(kColumns % 64 == 0 && kColumns > 0 && kColumns <= 256);
-    if constexpr (kColumns == 64) MEGAMOE_WGMMA(64, 32, 33, 34, 35, 36);
-    if constexpr (kColumns == 128) MEGAMOE_WGMMA(128, 64, 65, 66, 67, 68);
-    if constexpr (kColumns == 192) MEGAMOE_WGMMA(192, 96, 97, 98, 99, 100);
-    if constexpr (kColumns == 256) MEGAMOE_WGMMA(256, 128, 129, 130, 131, 132);
+// `accumulate` false overwrites D instead of adding to it.
+template <Major kMajorA, Major kMajorB>
+__device__ __forceinline__ void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+        "}, %128, %129, p, 1, 1, %131, %132;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
+          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
+          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
+          "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
+          "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
+          "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
+          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),
+          "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]),
+          "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]),
+          "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]),
+          "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]),
+          "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]),
+          "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
+          "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]),
+          "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),
+          "+f"(d[126]), "+f"(d[127])
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajorA)),
+          "n"(static_cast<int>(kMajorB)));
 }
-
-#undef MEGAMOE_WGMMA
-#undef MEGAMOE_ACCUMULATORS_64
-#undef MEGAMOE_ACCUMULATORS_128
-#undef MEGAMOE_ACCUMULATORS_192
-#undef MEGAMOE_ACCUMULATORS_256
-#undef MEGAMOE_REGISTERS_64
-#undef MEGAMOE_REGISTERS_128
-#undef MEGAMOE_REGISTERS_192
-#undef MEGAMOE_REGISTERS_256
-#undef MEGAMOE_SIXTEEN
-#undef MEGAMOE_FOUR
 
 }  // namespace megamoe::ptx

@@ -56,7 +56,7 @@ __device__ __forceinline__ void dswiglu_step(SharedStorage& shared, const GemmPa
                                              WarpPlace place, int chunks, float2 p, float2& dp, const float (&d)[128],
                                              Position& position, Trace& trace) {
     const OutputPlace output = position.next_output<Gemm::kDgrad2>(kChunk);
-    const uint32_t rows = acquire_output(shared, params.deadline, place.warpgroup, place.row, output);
+    const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
     if (kChunk == 0) trace.mark(Mark::kFirstOutput);
     if (kChunk < chunks) {
         dswiglu_chunk<kChunk>(rows, p, params.limit, dp, d);

@@ -25,7 +25,7 @@ __device__ __forceinline__ void store_epilogue(SharedStorage& shared, const Gemm
 #pragma unroll
     for (int stage = 0; stage < 2; ++stage) {
         const OutputPlace output = position.next_output<Gemm::kFc2>(stage);
-        const uint32_t rows = acquire_output(shared, params.deadline, place.warpgroup, place.row, output);
+        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
         put_part(rows, [&](int j) { return rounded_blocks(d, stage * 16, j); });
         put_part(rows + kPartBytes, [&](int j) { return rounded_blocks(d, stage * 16 + 8, j); });
         publish_output(shared, place.warpgroup, output);
@@ -46,7 +46,7 @@ __device__ __forceinline__ void swiglu_epilogue(SharedStorage& shared, const Gem
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const OutputPlace output = position.next_output<Gemm::kFc1>(half);
-        const uint32_t rows = acquire_output(shared, params.deadline, place.warpgroup, place.row, output);
+        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
             const uint4 g = rounded_blocks(d, half * 8, j), u = rounded_blocks(d, 16 + half * 8, j);
@@ -83,72 +83,28 @@ __device__ __forceinline__ void put_floats(uint32_t rows, const float* v, bool a
     }
 }
 
-// The last columns of a wgrad's tile: no place holds them. This thread's element of block 0, row lane/4; null where
-// they lie behind the gradient's end.
-struct LateColumns {
-    float* first;
-    int64_t pitch;
-
-    __device__ __forceinline__ float* at(int block, int half) const { return first + 8 * block + 8 * half * pitch; }
-};
-
-constexpr int kLateBlocks = (kGradTileN - kGradLate) / 8;  // of 8 columns
-constexpr int kLateOld = kGradTileN / 2;                   // accumulators that a wgrad has no product in
-static_assert(kLateOld + 4 * kLateBlocks <= 128);
-
-__device__ __forceinline__ LateColumns late_columns(const GemmParams& params, const Share& share, int warp_row,
-                                                    float* gradient) {
-    const int lane = threadIdx.x & 31, column = share.column + kGradLate;
-    if (column >= params.n_extent) return {nullptr, 0};
-    const int64_t row = share.row + warp_row + lane / 4;
-    return {gradient + row * params.n_extent + column + 2 * (lane & 3), params.n_extent};
-}
-
-// What they are added to, into the accumulators that are left: asked for early, needed at the end.
-__device__ __forceinline__ void load_late(const LateColumns& late, bool add, float (&d)[128]) {
-#pragma unroll
-    for (int i = 0; i < 2 * kLateBlocks; ++i) {
-        float2 old{0.0f, 0.0f};
-        if (add && late.first != nullptr) old = ptx::load_v2_once(late.at(i / 2, i % 2));
-        d[kLateOld + 2 * i] = old.x;
-        d[kLateOld + 2 * i + 1] = old.y;
-    }
-}
-
-__device__ __forceinline__ void store_late(const LateColumns& late, const float (&d)[128]) {
-    constexpr int kNew = kGradLate / 2;
-    if (late.first == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < 2 * kLateBlocks; ++i) {
-        ptx::store_v2(late.at(i / 2, i % 2), __fadd_rn(d[kLateOld + 2 * i], d[kNew + 2 * i]),
-                      __fadd_rn(d[kLateOld + 2 * i + 1], d[kNew + 2 * i + 1]));
-    }
-}
-
 // wgrad: one fp32 addition per element and launch.
 __device__ __forceinline__ void wgrad_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
-                                               const LateColumns& late, const float (&d)[128], Position& position,
-                                               Trace& trace) {
+                                               const float (&d)[128], Position& position, Trace& trace) {
     const bool add = params.accumulate;
 #pragma unroll
     for (int stage = 0; stage < kGradStages; ++stage) {
         const OutputPlace output = position.next_output<Gemm::kWgrad>(stage);
-        const uint32_t rows = acquire_output(shared, params.deadline, place.warpgroup, place.row, output);
+        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
         if (stage == 0) trace.mark(Mark::kFirstOutput);
 #pragma unroll
-        for (int i = 0; i < kGradParts; ++i) {
-            put_floats(rows + i * part_step(output), &d[16 * (stage * kGradParts + i)], add);
+        for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
+            put_floats(rows + i * kPartBytes, &d[16 * (stage * kParts + i)], add);
         }
         publish_output(shared, place.warpgroup, output);
     }
-    store_late(late, d);
 }
 
 // A first write for an expert without rows, straight to memory.
 __device__ __forceinline__ void zero_gradient(const GemmParams& params, const Share& share, int warp_row,
                                               float* gradient) {
     const int lane = threadIdx.x & 31;
-    const int columns = min(kGradTileN, params.n_extent - share.column);
+    const int columns = min(kTileN, params.n_extent - share.column);
     float* out = gradient + (share.row + warp_row) * params.n_extent + share.column;
     for (int row = 0; row < kWarpRows; ++row, out += params.n_extent) {
         for (int column = lane * 4; column < columns; column += 128) {

@@ -41,28 +41,19 @@ __device__ __forceinline__ void load_a(const GemmParams& params, const UnitSlot&
     }
 }
 
-// Right operand of a wgrad, half `half` (32 rows) of the stage's 64: half a stage holds all 192 columns.
-__device__ __forceinline__ void load_right_rows(const GemmParams& params, const UnitSlot& unit, uint8_t* stage,
-                                                uint64_t* full, int n_tile, int k_block, int half, bool multicast) {
-    constexpr int kHalfRows = kBlockK / 2;
-    uint8_t* dst = stage + kBytesA + half * (kHalfRows * kGradTileN * 2);
-    const int row = unit.row_begin + k_block * kBlockK + half * kHalfRows;
-    load_blocks(dst, &params.b, full, row, n_tile * (kGradTileN / 64), multicast);
-}
-
 // Right operand, half `half` (128 columns of the result) of the stage's 256.
 template <Gemm kGemm>
 __device__ __forceinline__ void load_b(const GemmParams& params, const CUtensorMap* weights, const UnitSlot& unit,
                                        uint8_t* stage, uint64_t* full, int n_tile, int k_block, int half,
                                        bool multicast) {
     uint8_t* dst = stage + kBytesA + half * (kBytesB / 2);
-    if constexpr (GemmTraits<kGemm>::kIsWgrad) {
-        load_right_rows(params, unit, stage, full, n_tile, k_block, half, multicast);
-    } else if constexpr (GemmTraits<kGemm>::kMajorB == ptx::Major::K) {
+    if constexpr (GemmTraits<kGemm>::kMajorB == ptx::Major::K) {
         const int row = kGemm == Gemm::kFc1 ? half * params.n_extent + n_tile * 128 : n_tile * kTileN + half * 128;
         load_rows(dst, weights, full, k_block * kBlockK, row, multicast);
     } else {
-        load_blocks(dst, weights, full, k_block * kBlockK, n_tile * (kTileN / 64) + half * 2, multicast);
+        const CUtensorMap* map = GemmTraits<kGemm>::kIsWgrad ? &params.b : weights;
+        const int row = (GemmTraits<kGemm>::kIsWgrad ? unit.row_begin : 0) + k_block * kBlockK;
+        load_blocks(dst, map, full, row, n_tile * (kTileN / 64) + half * 2, multicast);
     }
 }
 
@@ -74,7 +65,7 @@ __device__ __forceinline__ void load_stage(SharedStorage& shared, const GemmPara
     uint64_t* full = &shared.stage_full[stage];
     const Unit pair = unit_of(unit);
     const int m_tile = m_tile_of(pair, rank), n_tile = n_tile_of(pair, rank);
-    ptx::mbarrier_expect(full, GemmTraits<kGemm>::kIsWgrad ? kGradBytes : kStageBytes);
+    ptx::mbarrier_expect(full, kStageBytes);
     if (unit.n_pair) {
         load_a<kGemm>(params, unit, dst, full, m_tile, k_block, rank, true);
         load_b<kGemm>(params, weights, unit, dst, full, n_tile, k_block, 0, false);
@@ -89,7 +80,7 @@ __device__ __forceinline__ void load_stage(SharedStorage& shared, const GemmPara
 // 64 gate and 64 up columns of h.
 __device__ __forceinline__ void load_h(SharedStorage& shared, const GemmParams& params, const Share& share, int stage,
                                        OutputPlace place) {
-    uint8_t* dst = output_memory(shared, place, 0);
+    uint8_t* dst = output_memory(shared, place);
     uint64_t* full = &shared.stage_full[place.index];
     const int column = share.column + stage * kChunkColumns, row = static_cast<int>(share.row);
     ptx::mbarrier_expect(full, 2 * kPartBytes);
@@ -97,18 +88,17 @@ __device__ __forceinline__ void load_h(SharedStorage& shared, const GemmParams& 
     ptx::tma_load_2d(dst + kPartBytes, &params.b, full, params.n_extent + column, row, ptx::kEvictFirst);
 }
 
-// A stage's parts of the gradient, as they are before this launch adds to them.
+// Up to three parts of the gradient, as they are before this launch adds to them.
 __device__ __forceinline__ void load_gradient(SharedStorage& shared, const CUtensorMap* gradient, const Share& share,
                                               int stage, OutputPlace place) {
-    const int row = static_cast<int>(share.row), step = part_step(place);
+    const int parts = min(kParts, kGradParts - stage * kParts), row = static_cast<int>(share.row);
     uint64_t* full = &shared.stage_full[place.index];
-    ptx::mbarrier_expect(full, kGradParts * kPartBytes);
-    for (int i = 0; i < kGradParts; ++i) {
-        const int column = share.column + (stage * kGradParts + i) * kGradColumns;
-        for (int w = 0; w < kMathWarpgroups; ++w) {
-            uint8_t* dst = output_memory(shared, place, w) + i * step;
-            ptx::tma_load_2d(dst, gradient, full, column, row + w * kWarpgroupM, ptx::kEvictFirst);
-        }
+    ptx::mbarrier_expect(full, parts * kPartBytes);
+    for (int i = 0; i < parts; ++i) {
+        uint8_t* dst = output_memory(shared, place) + i * kPartBytes;
+        const int column = share.column + (stage * kParts + i) * kGradColumns;
+        ptx::tma_load_2d(dst, gradient, full, column, row, ptx::kEvictFirst);
+        ptx::tma_load_2d(dst + kPartBytes / 2, gradient, full, column, row + kWarpgroupM, ptx::kEvictFirst);
     }
 }
 
@@ -131,37 +121,19 @@ __device__ __forceinline__ void grant_outputs(SharedStorage& shared, const GemmP
     }
 }
 
-// Waits until what other units had in the stages behind the first `taken` of this unit is gone, their tails with it.
-__device__ __forceinline__ void wait_for_tails(SharedStorage& shared, const Deadline& deadline, StageCursor ahead,
-                                               int taken) {
-    for (int left = stages_ahead(taken); left > 0; --left, ahead.advance()) {
-        wait(&shared.stage_free[ahead.index], ahead.parity ^ 1, deadline, Waiting::kStageFree);
-    }
-}
-
-// All that a unit needs, by one thread: its operands, then the places for its results. A wgrad's places are beside
-// them, and asked for on the way, when the last unit's results have left.
+// All that a unit needs, by one thread: its operands, then the places for its results.
 template <Gemm kGemm>
 __device__ __forceinline__ void load_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& unit,
                                           int rank, Position& position, Trace& trace) {
-    constexpr bool kIsWgrad = GemmTraits<kGemm>::kIsWgrad;
     const CUtensorMap* weights = params.expert_maps + unit.expert;
     StageCursor& ring = position.ring;
-    // Whole stages, of both CTAs: what a wgrad left in their tails must be on its way.
-    if (!kIsWgrad) {
-        wait(&shared.stage_free[kTails], position.tails_parity ^ 1, params.deadline, Waiting::kStageFree);
-    }
     for (int k_block = 0; k_block < unit.k_blocks; ++k_block) {
         wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);
         if (k_block == 0) trace.mark(Mark::kLoading);
         load_stage<kGemm>(shared, params, unit, weights, rank, ring.index, k_block);
         ring.advance();
-        if (kIsWgrad && k_block + 1 == grant_step(unit.k_blocks)) {
-            wait_for_tails(shared, params.deadline, ring, k_block + 1);
-            grant_outputs<kGemm>(shared, params, unit, rank, position);
-        }
     }
-    if (!kIsWgrad) grant_outputs<kGemm>(shared, params, unit, rank, position);
+    grant_outputs<kGemm>(shared, params, unit, rank, position);
     trace.mark(Mark::kLoaded);
 }
 

@@ -22,45 +22,29 @@ __device__ __forceinline__ void skip(SharedStorage& shared, const GemmParams& pa
     }
 }
 
-// 16 of a stage's 64 reduction steps, of the tile's first kColumns columns. a, b: descriptors of the stage's operands.
-template <Gemm kGemm, int kColumns>
-__device__ __forceinline__ void multiply_slice(float (&d)[128], uint64_t a, uint64_t b, int slice, bool accumulate) {
-    constexpr ptx::Major kA = GemmTraits<kGemm>::kMajorA, kB = GemmTraits<kGemm>::kMajorB;
-    a += slice * ptx::kSliceStep<kA>;
-    if constexpr (GemmTraits<kGemm>::kIsWgrad) {
-        b += slice / 2 * (kBlockK / 2 * kGradTileN * 2 >> 4) + slice % 2 * ptx::kSliceStep<kB>;
-    } else {
-        b += slice * ptx::kSliceStep<kB>;
-    }
-    ptx::wgmma_k16<kColumns, kA, kB>(d, a, b, accumulate);
-}
-
 // Issues the reduction loop, of at least one step. Its last step is still running on return: finish_multiply waits for
-// it. `meanwhile()` is called once, while the first step runs. Returns the stage of the last.
-template <Gemm kGemm, int kColumns, class Meanwhile>
+// it. Returns the stage of that step.
+template <Gemm kGemm>
 __device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams& params, int warpgroup, int k_blocks,
-                                        StageCursor& cursor, float (&d)[128], Trace& trace, Meanwhile&& meanwhile) {
+                                        StageCursor& cursor, float (&d)[128], Trace& trace) {
     constexpr ptx::Major kA = GemmTraits<kGemm>::kMajorA, kB = GemmTraits<kGemm>::kMajorB;
-    // 64 rows of a wgrad's A, 64 columns of B.
-    constexpr int kBlockBytesA = 128 * kBlockK;
-    constexpr int kBlockBytesB = 128 * (GemmTraits<kGemm>::kIsWgrad ? kBlockK / 2 : kBlockK);
     int previous = -1;
     int k_block = 0;
     do {
         wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);
         if (k_block == 0) trace.mark(Mark::kFirstStage);
         const uint32_t stage = ptx::smem_address(shared.ring[cursor.index]);
-        const uint64_t a = ptx::smem_descriptor<kA, kBlockBytesA>(stage + warpgroup * (kBytesA / 2));
-        const uint64_t b = ptx::smem_descriptor<kB, kBlockBytesB>(stage + kBytesA);
-        ptx::pin_accumulators<kColumns / 2>(d);
+        const uint64_t a = ptx::smem_descriptor<kA>(stage + warpgroup * (kBytesA / 2));
+        const uint64_t b = ptx::smem_descriptor<kB>(stage + kBytesA);
+        ptx::pin_accumulators(d);
         ptx::wgmma_fence();
 #pragma unroll
         for (int slice = 0; slice < kBlockK / 16; ++slice) {
-            multiply_slice<kGemm, kColumns>(d, a, b, slice, k_block > 0 || slice > 0);
+            ptx::wgmma_m64n256k16<kA, kB>(d, a + slice * ptx::kSliceStep<kA>, b + slice * ptx::kSliceStep<kB>,
+                                          k_block > 0 || slice > 0);
         }
         ptx::wgmma_commit();
-        ptx::pin_accumulators<kColumns / 2>(d);
-        if (k_block == 0) meanwhile();
+        ptx::pin_accumulators(d);
         // The step before this one is complete: its stage can be refilled.
         ptx::wgmma_wait<1>();
         if (previous >= 0) release_stage(shared, previous);
@@ -70,47 +54,14 @@ __device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams&
     return previous;
 }
 
-template <int kColumns>
 __device__ __forceinline__ void finish_multiply(SharedStorage& shared, int last_stage, float (&d)[128]) {
     ptx::wgmma_wait<0>();
-    ptx::pin_accumulators<kColumns / 2>(d);
+    ptx::pin_accumulators(d);
     release_stage(shared, last_stage);
 }
 
 __device__ __forceinline__ WarpPlace warp_place(int warpgroup) {
     return {warpgroup, warpgroup * kWarpgroupM + static_cast<int>((threadIdx.x / 32) & 3) * kWarpRows};
-}
-
-// The products of a wgrad's tile, as many columns as it has; meanwhile what its last columns are added to.
-template <int kColumns>
-__device__ __forceinline__ void multiply_wgrad(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
-                                               const Share& share, WarpPlace place, StageCursor& ring,
-                                               LateColumns& late, float (&d)[128], Trace& trace) {
-    const auto meanwhile = [&] {
-        if constexpr (kColumns <= kGradLate) return;
-        late = late_columns(params, share, place.row - place.warpgroup * kWarpgroupM, params.gradients[slot.expert]);
-        load_late(late, params.accumulate, d);
-    };
-    const int last_stage =
-        multiply<Gemm::kWgrad, kColumns>(shared, params, place.warpgroup, slot.k_blocks, ring, d, trace, meanwhile);
-    finish_multiply<kColumns>(shared, last_stage, d);
-}
-
-__device__ __forceinline__ void wgrad_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
-                                           const Share& share, WarpPlace place, Position& position, float (&d)[128],
-                                           Trace& trace) {
-    LateColumns late{};
-    const int columns = params.n_extent - share.column;
-    if (columns > 128) {
-        multiply_wgrad<192>(shared, params, slot, share, place, position.ring, late, d, trace);
-    } else if (columns > 64) {
-        multiply_wgrad<128>(shared, params, slot, share, place, position.ring, late, d, trace);
-    } else {
-        multiply_wgrad<64>(shared, params, slot, share, place, position.ring, late, d, trace);
-    }
-    trace.mark(Mark::kMultiplied);
-    wgrad_epilogue(shared, params, place, late, d, position, trace);
-    trace.mark(Mark::kDone);
 }
 
 // `d`: the accumulators, one set for all products of a launch. A set for each would be alive all the time: the first
@@ -127,18 +78,17 @@ __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParam
     if (GemmTraits<kGemm>::kIsWgrad && slot.k_blocks == 0) {
         return zero_gradient(params, share, warp_row, params.gradients[slot.expert]);
     }
-    if constexpr (GemmTraits<kGemm>::kIsWgrad)
-        return wgrad_unit(shared, params, slot, share, place, position, d, trace);
-    const int last_stage =
-        multiply<kGemm, kTileN>(shared, params, place.warpgroup, slot.k_blocks, position.ring, d, trace, [] {});
+    const int last_stage = multiply<kGemm>(shared, params, place.warpgroup, slot.k_blocks, position.ring, d, trace);
     // Asked for while the last step runs.
     const float2 p = kUsesWeights ? row_weights(params, share, warp_row) : float2{0.0f, 0.0f};
-    finish_multiply<kTileN>(shared, last_stage, d);
+    finish_multiply(shared, last_stage, d);
     trace.mark(Mark::kMultiplied);
     if constexpr (kGemm == Gemm::kFc1) {
         swiglu_epilogue(shared, params, place, p, d, position);
     } else if constexpr (kGemm == Gemm::kDgrad2) {
         dswiglu_epilogue(shared, params, share, place, outputs, p, d, position, trace);
+    } else if constexpr (kGemm == Gemm::kWgrad) {
+        wgrad_epilogue(shared, params, place, d, position, trace);
     } else {
         store_epilogue(shared, params, place, d, position);
     }

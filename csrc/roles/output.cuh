@@ -4,12 +4,9 @@
 //
 // A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of
 // each.
-//   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: two of 32 fp32
+//   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
 // Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the
 // stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
-//
-// A wgrad's first two parts lie in the tails of the ring's stages, warpgroup w's rows of part i in that of stage 2i +
-// w.
 #pragma once
 #include "ptx/matrix.cuh"
 #include "ptx/tma.cuh"
@@ -19,28 +16,21 @@ namespace megamoe {
 
 constexpr int kPartBytes = kTileM * 128;
 static_assert(kParts * kPartBytes == kStageBytes && kPartBytes == kBytesA && 2 * kPartBytes == kSpareBytes);
-static_assert(kStageBytes - kGradBytes == kPartBytes / 2 && kStages == kGradParts * kMathWarpgroups);
 
 __device__ __forceinline__ Unit unit_of(const UnitSlot& slot) { return {slot.m_tile, slot.n_tile, slot.n_pair != 0}; }
 
-// A warpgroup's rows of a place's first part, and the distance to its rows of the next.
-__device__ __forceinline__ uint8_t* output_memory(SharedStorage& shared, OutputPlace place, int warpgroup) {
-    if (place.index == kTails) return shared.ring[warpgroup] + kGradBytes;
-    return (place.index == kSpare ? shared.spare : shared.ring[place.index]) + warpgroup * (kPartBytes / 2);
+__device__ __forceinline__ uint8_t* output_memory(SharedStorage& shared, OutputPlace place) {
+    return place.index == kSpare ? shared.spare : shared.ring[place.index];
 }
 
-__device__ __forceinline__ int part_step(OutputPlace place) {
-    return place.index == kTails ? kMathWarpgroups * kStageBytes : kPartBytes;
-}
-
-// `count` warps of this CTA are done with the place. All but the spare concern the peer's loader too. Arrivals
+// `count` warps of this CTA are done with the place. Only a stage of the ring concerns the peer's loader too. Arrivals
 // there count one each: an idle warp of the peer may arrive for the next lap while ours are under way. It then takes
 // the place of one of them, which is as good, but a larger one would no longer fit.
 __device__ __forceinline__ void release_output(SharedStorage& shared, OutputPlace place, uint32_t count) {
     const uint32_t lane = threadIdx.x & 31;
     __syncwarp();  // as in release_stage
-    if (!is_shared(place.index)) {
-        if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[place.index], count);
+    if (place.index == kSpare) {
+        if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[kSpare], count);
     } else if (lane < kClusterSize * count) {
         ptx::mbarrier_arrive_cta(&shared.stage_free[place.index], lane % kClusterSize);
     }
@@ -74,13 +64,12 @@ __device__ __forceinline__ Share share_of(const GemmParams& params, const UnitSl
 // --- math warps
 // -------------------------------------------------------------------------------------------------------
 
-// Waits for a place; the address of this warp's 16 rows in its first part. warp_row: of the CTA's tile.
-__device__ __forceinline__ uint32_t acquire_output(SharedStorage& shared, const Deadline& deadline, int warpgroup,
-                                                   int warp_row, OutputPlace place) {
+// Waits for a place; the address of this warp's 16 rows in its first part.
+__device__ __forceinline__ uint32_t acquire_output(SharedStorage& shared, const Deadline& deadline, int warp_row,
+                                                   OutputPlace place) {
     wait(&shared.stage_full[place.index], place.parity, deadline, Waiting::kStageFull);
     __syncwarp();
-    const int row = warp_row - warpgroup * kWarpgroupM;
-    return ptx::smem_address(output_memory(shared, place, warpgroup)) + row * 128;
+    return ptx::smem_address(output_memory(shared, place)) + warp_row * 128;
 }
 
 // Hands the warp's rows to the storer.
@@ -110,10 +99,10 @@ __device__ __forceinline__ void put_part(uint32_t rows, Fragment fragment) {
 // --- storer warps
 // -----------------------------------------------------------------------------------------------------
 
-// One output stage of a warpgroup; `part` is its first part in shared memory, `step` the distance to the next.
+// One output stage of a warpgroup; `part` is its first part in shared memory.
 template <Gemm kGemm>
 __device__ __forceinline__ void send_stage(const GemmParams& params, const Share& share, const CUtensorMap* gradient,
-                                           int stage, const uint8_t* part, int step) {
+                                           int stage, const uint8_t* part) {
     const int row = static_cast<int>(share.row);
     if constexpr (kGemm == Gemm::kFc1 || kGemm == Gemm::kDgrad2) {
         const int column = share.column + stage * kChunkColumns;
@@ -121,9 +110,9 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
         ptx::tma_store_2d(&params.out, part + kPartBytes, params.n_extent + column, row);
         ptx::tma_store_2d(&params.act, part + 2 * kPartBytes, column, row);
     } else if constexpr (kGemm == Gemm::kWgrad) {
-        for (int i = 0; i < kGradParts; ++i) {
-            const int column = share.column + (stage * kGradParts + i) * kGradColumns;
-            ptx::tma_store_2d(gradient, part + i * step, column, row);
+        for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
+            const int column = share.column + (stage * kParts + i) * kGradColumns;
+            ptx::tma_store_2d(gradient, part + i * kPartBytes, column, row);
         }
     } else {
         const int column = share.column + stage * 2 * kChunkColumns;
@@ -137,8 +126,8 @@ struct Laps {
     uint32_t of[kMathWarpgroups] = {};
 };
 
-// Sends a unit's output stages of both warpgroups, by a whole warp. `send(warpgroup, share, stage, part, step)` copies
-// what lies at `part`: on return it has been read or, where the TMA unit reads it (kByTma), will be. Returns how many
+// Sends a unit's output stages of both warpgroups, by a whole warp. `send(warpgroup, share, stage, part)` copies what
+// lies at `part`: on return it has been read or, where the TMA unit reads it (kByTma), will be. Returns how many
 // warpgroups had work.
 template <Gemm kGemm, bool kByTma, class Send>
 __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParams& params, const UnitSlot& slot,
@@ -149,8 +138,9 @@ __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParam
     int working = 0;
 #pragma unroll
     for (int w = 0; w < kMathWarpgroups; ++w) working += share_of<kGemm>(params, slot, rank, w).works;
-    // By TMA a stage is handed back when the next one is on its way, so that the SM never stops sending.
-    constexpr bool kInStep = !kByTma;
+    // By TMA a stage is handed back when the next one is on its way, so that the SM never stops sending. Not where
+    // gradients come in too: there, sending faster slowed what is loaded (measured: 2 to 8%).
+    const bool in_step = !kByTma || (kGemm == Gemm::kWgrad && params.accumulate);
     OutputPlace on_the_way{-1, 0};
     for (int stage = 0; stage < outputs; ++stage) {
         const OutputPlace place = position.next_output<kGemm>(stage);
@@ -164,10 +154,11 @@ __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParam
                  Waiting::kOutputFull);
             laps.of[w] ^= 1u << place.index;
             if (stage == 0) trace.mark(Mark::kFirstFull);
-            send(w, share_of<kGemm>(params, slot, rank, w), stage, output_memory(shared, place, w), part_step(place));
+            send(w, share_of<kGemm>(params, slot, rank, w), stage, output_memory(shared, place) + w * (kPartBytes / 2));
         }
         if (kByTma) ptx::tma_store_commit();
-        if (kInStep) {
+        if (in_step) {
+            if (kByTma) ptx::tma_store_wait_read<0>();
             release_output(shared, place, working * kWarpgroupWarps);
             continue;
         }
@@ -191,9 +182,9 @@ __device__ __forceinline__ int store_unit_tma(SharedStorage& shared, const GemmP
                                               int rank, Position& position, Laps& laps, Trace& trace) {
     const CUtensorMap* gradient = params.expert_maps + slot.expert;
     return store_unit<kGemm, true>(shared, params, slot, rank, position, laps, trace,
-                                   [&](int, const Share& share, int stage, const uint8_t* part, int step) {
+                                   [&](int, const Share& share, int stage, const uint8_t* part) {
                                        if ((threadIdx.x & 31) != 0) return;
-                                       send_stage<kGemm>(params, share, gradient, stage, part, step);
+                                       send_stage<kGemm>(params, share, gradient, stage, part);
                                    });
 }
 

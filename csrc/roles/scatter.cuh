@@ -96,7 +96,7 @@ __device__ __forceinline__ void scatter_unit(SharedStorage& shared, const FusedP
     }
     const int working =
         store_unit<kGemm, false>(shared, product, slot, rank, position, laps, trace,
-                                 [&](int w, const Share& share, int stage, const uint8_t* part, int) {
+                                 [&](int w, const Share& share, int stage, const uint8_t* part) {
                                      scatter_stage(ptx::smem_address(part), w == 0 ? targets[0] : targets[1],
                                                    share.column + stage * 2 * kChunkColumns);
                                  });

@@ -11,7 +11,6 @@ constexpr int kBytesA = kTileM * kBlockK * 2;
 constexpr int kBytesB = kTileN * kBlockK * 2;
 constexpr int kStageBytes = kBytesA + kBytesB;
 constexpr int kSpareBytes = 32768;  // beside the ring: two parts of results (roles/output.cuh)
-constexpr int kGradBytes = kBytesA + kGradTileN * kBlockK * 2;  // of a wgrad's operands; the rest is the stage's tail
 constexpr int kThreads = 128 * (1 + kMathWarpgroups);
 constexpr int kWarpRows = 16;  // rows of a math warp
 
@@ -37,9 +36,9 @@ struct alignas(1024) SharedStorage {
     uint8_t ring[kStages][kStageBytes];
     uint8_t spare[kSpareBytes];
     UnitSlot units[kUnitSlots];
-    uint64_t stage_full[kPlaces];  // [kSpare], [kTails]: the other places, here and below
-    uint64_t stage_free[kPlaces];
-    uint64_t output_full[kMathWarpgroups][kPlaces];
+    uint64_t stage_full[kStages + 1];  // [kSpare]: the spare place, here and below
+    uint64_t stage_free[kStages + 1];
+    uint64_t output_full[kMathWarpgroups][kStages + 1];
     uint64_t unit_full[kUnitSlots];
     uint64_t unit_free[kUnitSlots];
     int expert_rows[kMaxExperts];  // scheduler only
@@ -51,10 +50,11 @@ __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, th
 
 // By one thread of each CTA, followed by a cluster_sync of all.
 __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
-    for (int i = 0; i < kPlaces; ++i) {
+    for (int i = 0; i <= kStages; ++i) {
         ptx::mbarrier_init(&shared.stage_full[i], 1);
         for (int w = 0; w < kMathWarpgroups; ++w) ptx::mbarrier_init(&shared.output_full[w][i], kOutputFullArrivals);
-        ptx::mbarrier_init(&shared.stage_free[i], free_arrivals(i));  // by the math warps, or a storer for its four
+        // By the math warps, or a storer for its four.
+        ptx::mbarrier_init(&shared.stage_free[i], i == kSpare ? kSpareFreeArrivals : kStageFreeArrivals);
     }
     for (int i = 0; i < kUnitSlots; ++i) {
         ptx::mbarrier_init(&shared.unit_full[i], 1);

@@ -1,6 +1,6 @@
 // Which tile next: the order of work of a grouped GEMM, the same code on device, host and in the CPU test.
 //
-// A *unit* is what one cluster of two CTAs does at a time: two neighbouring 128x256 output tiles (128x192 of a wgrad).
+// A *unit* is what one cluster of two CTAs does at a time: two neighbouring 128x256 output tiles.
 //   M pair: the CTAs take rows [256i, 256i+128) and [256i+128, 256i+256) and share the B operand.
 //   N pair: the CTAs take two neighbouring column tiles of the same 128 rows and share the A operand. Only an expert's
 //           last 1..128 rows are done so; its rows are then computed at 64-row granularity.
@@ -24,7 +24,7 @@ constexpr int kMaxExperts = 512;  // local experts of one launch
 
 struct Unit {
     int m_tile;   // first 128-row tile of the unit
-    int n_tile;   // first column tile of the unit
+    int n_tile;   // first 256-column tile of the unit
     bool n_pair;  // the CTAs sit side by side along N (else along M)
 };
 

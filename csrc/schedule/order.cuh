@@ -11,7 +11,7 @@
 namespace megamoe {
 
 constexpr int kMaxProducts = 4;
-constexpr int kWgradWaves = 16;  // waves of wgrad units left for the end of backward
+constexpr int kWgradWaves = 12;  // waves of wgrad units left for the end of backward
 
 enum ForwardProduct : int { kProductFc1, kProductFc2 };
 enum BackwardProduct : int { kProductDgrad2, kProductDgrad1, kProductWgrad2, kProductWgrad1 };
@@ -55,8 +55,7 @@ MEGAMOE_HD constexpr Order forward_order(int experts, int rows, int inter, int c
 // covers the sum of dX and the second pull of x.
 MEGAMOE_HD constexpr Order backward_order(int experts, int rows, int inter, int hidden, int clusters) {
     const int dgrad2 = num_units(rows > 0 ? rows : 1, ceil_div(inter, kTileN));
-    const int wgrads =
-        num_units(hidden, ceil_div(inter, kGradTileN)) + num_units(2 * inter, ceil_div(hidden, kGradTileN));
+    const int wgrads = num_units(hidden, ceil_div(inter, kTileN)) + num_units(2 * inter, ceil_div(hidden, kTileN));
     const int first = lag_for(clusters, dgrad2, experts);
     const int behind = lag_for(kWgradWaves * clusters, wgrads, experts);
     const int last = first + behind < experts ? first + behind : experts;

@@ -4,10 +4,6 @@
 // Every unit walks its operand stages (`k_blocks`) and then its output stages, the places where results wait to be
 // sent. A unit's last output stage, where it is small, lies in a spare place beside the ring, so that the next unit's
 // operands find one more free stage.
-//
-// A wgrad has no output stage in the ring. Its tile is narrower, so that each operand stage leaves a tail free; four
-// tails, the spare and registers hold a whole tile: what it adds to comes in, and the result leaves, while the ring
-// goes on. The tails are a place of their own for wgrads, and part of the stages for all others.
 #pragma once
 #include "schedule/grouped.cuh"
 
@@ -27,9 +23,7 @@ constexpr int kMathWarpgroups = 2;
 constexpr int kWarpgroupWarps = 4;
 constexpr int kMathWarps = kWarpgroupWarps * kMathWarpgroups;
 constexpr int kStages = 4;
-constexpr int kSpare = kStages;      // index of the spare place where stages are counted
-constexpr int kTails = kStages + 1;  // and of the tails of all stages
-constexpr int kPlaces = kStages + 2;
+constexpr int kSpare = kStages;               // index of the spare place where stages are counted
 constexpr int kUnitSlots = 2;                 // few: what a cluster has claimed no other one can take
 constexpr int kUnitReaders = kMathWarps + 2;  // warps of a CTA that read each unit: math, loader, storer
 
@@ -39,18 +33,11 @@ constexpr int kStageFreeArrivals = kMathWarps * kClusterSize;  // both CTAs: a m
 constexpr int kSpareFreeArrivals = kMathWarps;
 constexpr int kOutputFullArrivals = kWarpgroupWarps;
 
-// Whether the peer's loader writes there too: all but the spare.
-MEGAMOE_HD constexpr bool is_shared(int place) { return place != kSpare; }
-MEGAMOE_HD constexpr int free_arrivals(int place) { return is_shared(place) ? kStageFreeArrivals : kSpareFreeArrivals; }
-
-constexpr int kChunkColumns = 64;                                   // columns of I in one output stage of dgrad2
-constexpr int kParts = 3;                                           // 16 KB parts of a stage
-constexpr int kGradTileN = 192;                                     // columns of a wgrad's tile
-constexpr int kGradColumns = 32;                                    // fp32 columns of a part
-constexpr int kGradStages = 2;                                      // output stages: the tails, the spare
-constexpr int kGradParts = 2;                                       // of each; the rest of the tile stays in registers
-constexpr int kGradLate = kGradStages * kGradParts * kGradColumns;  // first column of that rest
-constexpr int kGradStep = 8;  // operand stages of a wgrad before what it adds to is asked for
+constexpr int kChunkColumns = 64;                  // columns of I in one output stage of dgrad2
+constexpr int kParts = 3;                          // 16 KB parts of a stage
+constexpr int kGradColumns = 32;                   // fp32 columns of a part
+constexpr int kGradParts = kTileN / kGradColumns;  // parts of a gradient tile
+constexpr int kGradStages = ceil_div(kGradParts, kParts);
 
 // Position in a ring of kCount slots: index and the parity of the lap.
 template <int kCount>
@@ -73,9 +60,7 @@ using StageCursor = Cursor<kStages>;
 using UnitCursor = Cursor<kUnitSlots>;
 
 // Columns of a tile of the result: fc1's holds 128 gate columns and the 128 up columns that belong to them.
-MEGAMOE_HD constexpr int tile_columns(Gemm gemm) {
-    return gemm == Gemm::kFc1 ? kTileN / 2 : gemm == Gemm::kWgrad ? kGradTileN : kTileN;
-}
+MEGAMOE_HD constexpr int tile_columns(Gemm gemm) { return gemm == Gemm::kFc1 ? kTileN / 2 : kTileN; }
 
 // Chunks of dgrad2's column tile `n_tile`: fewer than four where I ends inside the tile, none behind its end.
 MEGAMOE_HD constexpr int dswiglu_chunks(int n_extent, int n_tile) {
@@ -94,25 +79,20 @@ MEGAMOE_HD constexpr int output_stages(Gemm gemm, int n_extent, Unit unit, int k
 
 // Whether output stage `stage` lies in the spare place.
 MEGAMOE_HD constexpr bool in_spare(Gemm gemm, int stage) {
-    return gemm != Gemm::kFc1 && gemm != Gemm::kDgrad2 && stage == 1;
+    if (gemm == Gemm::kFc1 || gemm == Gemm::kDgrad2) return false;
+    return stage == (gemm == Gemm::kWgrad ? kGradStages - 1 : 1);
 }
 
-// Operand stages of a wgrad after which its output stages are granted; and how many further ones must be free by then,
-// since other units may still use those whole.
-MEGAMOE_HD constexpr int grant_step(int k_blocks) { return k_blocks < kGradStep ? k_blocks : kGradStep; }
-MEGAMOE_HD constexpr int stages_ahead(int taken) { return taken < kStages ? kStages - taken : 0; }
-
-// A place for results: a stage of the ring, the spare or the tails.
+// A place for results: a stage of the ring or the spare.
 struct OutputPlace {
     int index;
     unsigned parity;
 };
 
-// Where a role stands: in the ring, and in the laps of the spare and the tails.
+// Where a role stands: in the ring, and in the laps of the spare.
 struct Position {
     StageCursor ring;
     unsigned spare_parity = 0;
-    unsigned tails_parity = 0;
 
     // The place of output stage `stage`; moves on.
     template <Gemm kGemm>
@@ -120,11 +100,6 @@ struct Position {
         if (in_spare(kGemm, stage)) {
             const OutputPlace place{kSpare, spare_parity};
             spare_parity ^= 1;
-            return place;
-        }
-        if (kGemm == Gemm::kWgrad) {
-            const OutputPlace place{kTails, tails_parity};
-            tails_parity ^= 1;
             return place;
         }
         const OutputPlace place{ring.index, ring.parity};

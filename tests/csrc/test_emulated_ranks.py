@@ -115,13 +115,9 @@ MUTATIONS = {
         "roles/loader.cuh",
         "        wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);\n", "",
         MANY_ROWS),
-    "a stage loaded over the results in its tail": (
-        "roles/loader.cuh",
-        "        wait(&shared.stage_free[kTails], position.tails_parity ^ 1, params.deadline, Waiting::kStageFree);\n",
-        "", FUSED),
     "fewer bytes expected than come": (
-        "roles/loader.cuh", "kIsWgrad ? kGradBytes : kStageBytes", "kIsWgrad ? kGradBytes : kStageBytes - 8192",
-        MANY_ROWS),
+        "roles/loader.cuh", "ptx::mbarrier_expect(full, kStageBytes)",
+        "ptx::mbarrier_expect(full, kStageBytes - 8192)", MANY_ROWS),
     "a stage handed back to the own loader only": (
         "roles/shared.cuh", "if (lane < kClusterSize) ptx::mbarrier_arrive_cta(&shared.stage_free[stage], lane);",
         "if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[stage], 2);", MANY_ROWS),
@@ -134,7 +130,7 @@ MUTATIONS = {
     "a place handed back while results leave it": (
         "roles/output.cuh", "            ptx::tma_store_wait_read<1>();\n", "", MANY_ROWS),
     "a matrix descriptor of another tile": (
-        "roles/math.cuh", "kIsWgrad ? kBlockK / 2 : kBlockK);", "kIsWgrad ? kBlockK : kBlockK);", MANY_ROWS),
+        "ptx/layout.cuh", "8192 >> 4", "4096 >> 4", MANY_ROWS),
     "one word for all announcements, a rank that runs ahead": (
         "layout/workspace.cuh", "constexpr int kReadySlots = 4;", "constexpr int kReadySlots = 1;", AHEAD),
 }  # fmt: skip

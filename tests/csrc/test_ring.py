@@ -25,8 +25,6 @@ MUTATIONS = {
         "kSpareFreeArrivals = kMathWarps",
         "kSpareFreeArrivals = kWarpgroupWarps",
     ),
-    "tails handed back to the own CTA only": ("return place != kSpare;", "return place < kSpare;"),
-    "a tail filled while its stage is in use": ("return taken < kStages ? kStages - taken : 0;", "return 0 * taken;"),
     "a role skips one operand too many": ("index = to % kCount;", "index = (to + 1) % kCount;"),
     "the lap's parity never turns": ("            parity ^= 1;\n", ""),
 }

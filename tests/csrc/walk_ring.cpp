@@ -4,8 +4,7 @@
 // made very slow. Checks, at every step:
 //   - no deadlock: some agent can always go on until all are done;
 //   - no wait passes on a phase other than the one meant (parity tells only odd from even);
-//   - a stage is written only when everybody has handed back what it held, and read only with what was meant in it;
-//     the tails of all stages count as a place of their own for wgrads, and as part of each stage for all others.
+//   - a stage is written only when everybody has handed back what it held, and read only with what was meant in it.
 // usage: walk_ring SEED UNITS; prints "ok N" (steps) or "failed: what", and exits 1.
 #include <cstdio>
 #include <cstdlib>
@@ -52,18 +51,16 @@ struct Barrier {
     bool passed(unsigned parity) const { return (phase & 1u) != parity; }
 };
 
-// What lies in a place or is on its way there: a number for its contents, how many warps have yet to hand it back, and
-// whether a stage's tail is part of it.
+// What lies in a stage: the walk number of its contents, and how many warps have yet to hand it back.
 struct Memory {
     long content = -1;
     int readers = 0;
-    bool whole = false;
 };
 
 struct Cta {
-    Barrier stage_full[kPlaces], stage_free[kPlaces], output_full[kMathWarpgroups][kPlaces];
+    Barrier stage_full[kStages + 1], stage_free[kStages + 1], output_full[kMathWarpgroups][kStages + 1];
     Barrier unit_full[kUnitSlots], unit_free[kUnitSlots];
-    Memory memory[kPlaces];
+    Memory memory[kStages + 1];
     int slot[kUnitSlots];
 };
 
@@ -108,9 +105,9 @@ class Cluster {
 public:
     Cluster(const Case& work, std::mt19937& random) : work_(work), random_(random) {
         for (Cta& cta : ctas_) {
-            for (int i = 0; i < kPlaces; ++i) {
+            for (int i = 0; i <= kStages; ++i) {
                 cta.stage_full[i].init(1);
-                cta.stage_free[i].init(free_arrivals(i));
+                cta.stage_free[i].init(i == kSpare ? kSpareFreeArrivals : kStageFreeArrivals);
                 for (auto& full : cta.output_full) full[i].init(kOutputFullArrivals);
             }
             for (int i = 0; i < kUnitSlots; ++i) {
@@ -204,101 +201,65 @@ private:
         }
     }
 
-    // A transfer is issued; the first of a place's contents finds it handed back by all math warps (or for them).
-    void fill(int cta, int index, long content, bool whole) {
-        Memory* memory = ctas_[cta].memory;
-        if (memory[index].content == content) return;
-        if (memory[index].readers != 0) fail("a stage was overwritten while it was read");
-        if (index == kTails) {
-            for (int i = 0; i < kStages; ++i) {
-                if (memory[i].whole && memory[i].readers != 0) fail("a tail was overwritten with its stage in use");
-            }
-        } else if (whole && memory[kTails].readers != 0) {
-            fail("a stage was overwritten with its tail in use");
-        }
-        memory[index] = {content, kMathWarps, whole};
-    }
-
-    // Which use of a place it is: the ring is walked, the others are counted.
-    struct Uses {
-        long walk = 0, of[kPlaces] = {};
-        struct Use {
-            long content;
-            int lap;
-        };
-        Use next(int index) {
-            if (index < kStages) return {walk, static_cast<int>(walk++ / kStages)};
-            const long lap = of[index]++;
-            return {1000000L * index + lap, static_cast<int>(lap)};
-        }
-    };
-
-    void load_operands(Agent& agent, int cta, Position& position, Uses& uses, bool whole) {
-        const int index = position.ring.index;
-        const unsigned parity = position.ring.parity;
-        const auto [walk, lap] = uses.next(index);
-        when_free(agent, cta, index, parity, lap, [this, cta, index, walk, whole] {
-            ctas_[cta].stage_full[index].expect(48);
-            fill(cta, index, walk, whole);
-            transfers_.push_back([this, cta, index] { ctas_[cta].stage_full[index].complete(32); });  // its own operand
-            for (int to = 0; to < kClusterSize; ++to) {  // half of the shared one, multicast
-                fill(to, index, walk, whole);
-                transfers_.push_back([this, to, index] { ctas_[to].stage_full[index].complete(8); });
-            }
-        });
-        position.ring.advance();
-    }
-
-    void grant_outputs(Agent& agent, int cta, Position& position, Uses& uses, const Task& task) {
-        const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
-        for (int stage = 0; stage < outputs; ++stage) {
-            const OutputPlace place = next_output(position, task.gemm, stage);
-            const auto [content, lap] = uses.next(place.index);
-            when_free(agent, cta, place.index, place.parity, lap, [this, cta, place, content] {
-                ctas_[cta].stage_full[place.index].expect(48);
-                fill(cta, place.index, content, place.index < kStages);
-                transfers_.push_back([this, cta, place] { ctas_[cta].stage_full[place.index].complete(48); });
-            });
-        }
+    // A transfer lands; the first of a stage's contents finds it handed back by all math warps (or for them).
+    void fill(int cta, int index, long content) {
+        Memory& memory = ctas_[cta].memory[index];
+        if (memory.content == content) return;
+        if (memory.readers != 0) fail("a stage was overwritten while it was read");
+        memory = {content, kMathWarps};
     }
 
     void build_loader(int cta) {
         Agent& agent = agents_.emplace_back();
         Position position;
         UnitCursor cursor;
-        Uses uses;
+        long walk = 0, spare_uses = 0;
         for (size_t number = 0; number < work_.tasks.size(); ++number) {
             const Task& task = work_.tasks[number];
-            const bool is_wgrad = task.gemm == Gemm::kWgrad;
             take_unit(agent, cta, cursor, static_cast<int>(number));
-            if (!is_wgrad) {
-                const int lap = static_cast<int>(uses.of[kTails]);
-                when_free(agent, cta, kTails, position.tails_parity, lap, {});
+            for (int k = 0; k < task.k_blocks; ++k, ++walk) {
+                const int index = position.ring.index;
+                when_free(agent, cta, index, position.ring.parity, static_cast<int>(walk / kStages),
+                          [this, cta, index, walk] {
+                              ctas_[cta].stage_full[index].expect(48);
+                              transfers_.push_back([this, cta, index, walk] {  // its own operand
+                                  fill(cta, index, walk);
+                                  ctas_[cta].stage_full[index].complete(32);
+                              });
+                              for (int to = 0; to < kClusterSize; ++to) {  // half of the shared one, multicast
+                                  transfers_.push_back([this, to, index, walk] {
+                                      fill(to, index, walk);
+                                      ctas_[to].stage_full[index].complete(8);
+                                  });
+                              }
+                          });
+                position.ring.advance();
             }
-            for (int k = 0; k < task.k_blocks; ++k) {
-                load_operands(agent, cta, position, uses, !is_wgrad);
-                if (!is_wgrad || k + 1 != grant_step(task.k_blocks)) continue;
-                StageCursor ahead = position.ring;
-                for (int i = 0; i < stages_ahead(k + 1); ++i, ahead.advance()) {
-                    const int lap = static_cast<int>((uses.walk + i) / kStages);
-                    when_free(agent, cta, ahead.index, ahead.parity, lap, {});
-                }
-                grant_outputs(agent, cta, position, uses, task);
+            const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
+            for (int stage = 0; stage < outputs; ++stage) {
+                const OutputPlace place = next_output(position, task.gemm, stage);
+                const bool spare = place.index == kSpare;
+                const long content = spare ? 1000000 + spare_uses : walk;
+                const int lap = static_cast<int>(spare ? spare_uses : walk / kStages);
+                (spare ? spare_uses : walk) += 1;
+                when_free(agent, cta, place.index, place.parity, lap, [this, cta, place, content] {
+                    ctas_[cta].stage_full[place.index].expect(48);
+                    transfers_.push_back([this, cta, place, content] {
+                        fill(cta, place.index, content);
+                        ctas_[cta].stage_full[place.index].complete(48);
+                    });
+                });
             }
-            if (!is_wgrad) grant_outputs(agent, cta, position, uses, task);
         }
         take_unit(agent, cta, cursor, static_cast<int>(work_.tasks.size()));
     }
 
     void hand_back(int cta, int index, int count) {
         ctas_[cta].memory[index].readers -= count;
-        if (!is_shared(index)) {
+        if (index == kSpare) {
             ctas_[cta].stage_free[index].arrive(count);
         } else {
-            // Each arrival goes its own way: one of the next lap may overtake it.
-            for (Cta& to : ctas_) {
-                for (int i = 0; i < count; ++i) transfers_.push_back([&to, index] { to.stage_free[index].arrive(1); });
-            }
+            for (Cta& to : ctas_) to.stage_free[index].arrive(count);
         }
     }
 
@@ -310,16 +271,15 @@ private:
         Agent& agent = agents_.emplace_back();
         Position position;
         UnitCursor cursor;
-        Uses uses;
+        long walk = 0, spare_uses = 0;
         for (size_t number = 0; number < work_.tasks.size(); ++number) {
             const Task& task = work_.tasks[number];
             take_unit(agent, cta, cursor, static_cast<int>(number));
             const bool works = task.works[cta][warpgroup];
             int previous = -1;
-            for (int k = 0; k < task.k_blocks; ++k) {
+            for (int k = 0; k < task.k_blocks; ++k, ++walk) {
                 const int index = position.ring.index;
-                const auto [walk, lap] = uses.next(index);
-                wait(agent, ctas_[cta].stage_full[index], position.ring.parity, lap,
+                wait(agent, ctas_[cta].stage_full[index], position.ring.parity, static_cast<int>(walk / kStages),
                      [this, cta, index, walk] { check(cta, index, walk); });
                 // A working warp hands a stage back when the step after it has been issued.
                 if (!works) previous = index;
@@ -331,8 +291,10 @@ private:
             const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
             for (int stage = 0; stage < outputs; ++stage) {
                 const OutputPlace place = next_output(position, task.gemm, stage);
-                const bool sends = works && stage < task.chunks[cta];
-                const auto [content, lap] = uses.next(place.index);
+                const bool spare = place.index == kSpare, sends = works && stage < task.chunks[cta];
+                const long content = spare ? 1000000 + spare_uses : walk;
+                const int lap = static_cast<int>(spare ? spare_uses : walk / kStages);
+                (spare ? spare_uses : walk) += 1;
                 wait(agent, ctas_[cta].stage_full[place.index], place.parity, lap,
                      [this, cta, place, content, sends, warpgroup] {
                          check(cta, place.index, content);
@@ -352,13 +314,13 @@ private:
         Position position;
         UnitCursor cursor;
         unsigned laps[kMathWarpgroups] = {};
-        int sent[kMathWarpgroups][kPlaces] = {};
-        Uses uses;
+        int uses[kMathWarpgroups][kStages + 1] = {};
+        long walk = 0, spare_uses = 0;
         for (size_t number = 0; number < work_.tasks.size(); ++number) {
             const Task& task = work_.tasks[number];
             take_unit(agent, cta, cursor, static_cast<int>(number));
             position.ring.skip(task.k_blocks);
-            uses.walk += task.k_blocks;
+            walk += task.k_blocks;
             const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
             const auto back = [&](OutputPlace place, int working) {
                 act(agent, [this, cta, place, working] { hand_back(cta, place.index, working * kWarpgroupWarps); });
@@ -367,14 +329,16 @@ private:
             int handed = 0;
             for (int stage = 0; stage < outputs; ++stage) {
                 OutputPlace place = next_output(position, task.gemm, stage);
-                const long content = uses.next(place.index).content;
+                const bool spare = place.index == kSpare;
+                const long content = spare ? 1000000 + spare_uses : walk;
+                (spare ? spare_uses : walk) += 1;
                 if (stage >= task.chunks[cta]) continue;
                 int working = 0;
                 for (int w = 0; w < kMathWarpgroups; ++w) {
                     if (!task.works[cta][w]) continue;
                     ++working;
                     wait(agent, ctas_[cta].output_full[w][place.index], laps[w] >> place.index & 1,
-                         sent[w][place.index]++, [this, cta, place, content] { check(cta, place.index, content); });
+                         uses[w][place.index]++, [this, cta, place, content] { check(cta, place.index, content); });
                     laps[w] ^= 1u << place.index;
                 }
                 if (working == 0) continue;
@@ -410,12 +374,10 @@ Case random_case(std::mt19937& random, int units) {
     while (static_cast<int>(work.tasks.size()) < units) {
         const Gemm gemm = static_cast<Gemm>(random() % 5);
         const bool is_wgrad = gemm == Gemm::kWgrad;
-        const int n_extent =
-            is_wgrad ? 64 * (1 + static_cast<int>(random() % 12)) : 128 * (1 + static_cast<int>(random() % 6));
+        const int n_extent = 128 * (1 + static_cast<int>(random() % 6));
         const int n_tiles = ceil_div(n_extent, tile_columns(gemm));
-        const int m_rows = is_wgrad ? 64 * (1 + static_cast<int>(random() % 8)) : 1 + static_cast<int>(random() % 700);
-        const int most = random() % 2 ? 7 : 24;
-        const int k_blocks = is_wgrad ? static_cast<int>(random() % most) : 1 + static_cast<int>(random() % 9);
+        const int m_rows = is_wgrad ? 256 : 1 + static_cast<int>(random() % 700);
+        const int k_blocks = is_wgrad ? static_cast<int>(random() % 7) : 1 + static_cast<int>(random() % 9);
         for (int i = 0; i < num_units(m_rows, n_tiles); ++i) {
             if (random() % 3 == 0) continue;  // another cluster has it
             Task task{gemm, n_extent, unit_at(m_rows, n_tiles, i), k_blocks, random() % 2 == 0, {}, {}};

@@ -112,7 +112,7 @@ void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y,
 void store_box(const CUtensorMap* map, const void* from, int x, int y);
 
 // wgmma m64n256k16: d, the running thread's share.
-void multiply(int columns, float* d, uint64_t a, bool a_mn, uint64_t b, bool b_mn, bool accumulate);
+void multiply(float* d, uint64_t a, bool a_mn, uint64_t b, bool b_mn, bool accumulate);
 void commit_products();
 void wait_products(int pending);
 

@@ -4,7 +4,7 @@
 namespace emulator {
 namespace {
 
-constexpr int kDepth = 16, kWarpRows = 16;
+constexpr int kColumns = 256, kDepth = 16, kWarpRows = 16;
 
 // An operand in shared memory as its descriptor tells: 128-byte swizzle.
 class Operand {
@@ -37,7 +37,7 @@ void perform(const Product& product) {
     const Operand a(product.a, product.a_mn), b(product.b, product.b_mn);
     float left[2][kDepth];
     for (int k = 0; k < kDepth; ++k) left[0][k] = a.at(first, k), left[1][k] = a.at(first + 8, k);
-    for (int column = 0; column < product.columns / 4; ++column) {
+    for (int column = 0; column < kColumns / 4; ++column) {
         const int j = column / 2, odd = column % 2, n = 8 * j + lane % 4 * 2 + odd;
         float* d[2] = {product.d + 4 * j + odd, product.d + 4 * j + 2 + odd};
         float sum[2] = {};
@@ -57,8 +57,8 @@ void first_done() {
 
 }  // namespace
 
-void multiply(int columns, float* d, uint64_t a, bool a_mn, uint64_t b, bool b_mn, bool accumulate) {
-    running->products.push_back({columns, d, a, b, a_mn, b_mn, accumulate, running->product_group});
+void multiply(float* d, uint64_t a, bool a_mn, uint64_t b, bool b_mn, bool accumulate) {
+    running->products.push_back({d, a, b, a_mn, b_mn, accumulate, running->product_group});
 }
 
 void commit_products() { ++running->product_group; }

@@ -44,7 +44,6 @@ struct Load {
 
 // A matrix instruction of one thread: its share of D.
 struct Product {
-    int columns;
     float* d;
     uint64_t a, b;
     bool a_mn, b_mn, accumulate;

@@ -9,10 +9,9 @@ template <int kPending>
 void wgmma_wait() {
     emulator::wait_products(kPending);
 }
-template <int kCount>
-void pin_accumulators(float (&)[128]) {}
-template <int kColumns, Major kMajorA, Major kMajorB>
-void wgmma_k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-    emulator::multiply(kColumns, d, a, kMajorA == Major::MN, b, kMajorB == Major::MN, accumulate);
+inline void pin_accumulators(float (&)[128]) {}
+template <Major kMajorA, Major kMajorB>
+void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+    emulator::multiply(d, a, kMajorA == Major::MN, b, kMajorB == Major::MN, accumulate);
 }
 }  // namespace megamoe::ptx
