@@ -77,7 +77,7 @@ GemmParams wgrad_of(const FusedArgs& args, int which, const void* left, int64_t 
     wgrad.wanted = args.gradient_maps[which] != nullptr;
     if (!wgrad.wanted) return wgrad;
     wgrad.a = map_of(MapKind::kOperandMN, left, args, rows);
-    wgrad.b = map_of(MapKind::kRightMN, right, args, cols);
+    wgrad.b = map_of(MapKind::kWeightMN, right, args, cols);
     wgrad.expert_maps = static_cast<const CUtensorMap*>(args.gradient_maps[which]);
     wgrad.gradients = args.gradients[which];
     wgrad.accumulate = args.accumulate[which];
@@ -175,9 +175,6 @@ void run_fused(const FusedArgs& args) {
     const int inter = static_cast<int>(args.inter), hidden = static_cast<int>(args.workspace.hidden);
 
     FusedParams params{};
-    // A product that follows a wgrad takes every stage's memory back (schedule/ring.cuh), so it must load as many.
-    require(!args.backward || (hidden >= kStages * kBlockK && 2 * inter >= kStages * kBlockK), "H or 2I",
-            hidden < 2 * inter ? hidden : 2 * inter, "at least 256");
     if (args.backward) {
         backward_products(args, params.products);
         params.order = backward_order(local, rows, inter, hidden, clusters);

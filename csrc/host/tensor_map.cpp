@@ -34,10 +34,9 @@ Box box_of(MapKind kind) {
         case MapKind::kActivation: return {64, 0};
         case MapKind::kWeight: return {128, 0};
         case MapKind::kWeightMN: return {64, 2};
-        case MapKind::kOperandMN: return {32, 1};
+        case MapKind::kOperandMN: return {64, 1};
         case MapKind::kOutput: return {64, 0};
         case MapKind::kGradient: return {64, 0};
-        case MapKind::kRightMN: return {32, 2};
     }
     throw std::runtime_error("megamoe: unknown tensor map kind " + std::to_string(static_cast<int>(kind)));
 }

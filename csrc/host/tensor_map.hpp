@@ -12,10 +12,9 @@ enum class MapKind : int {
     kActivation = 0,  // 64 rows: left operand, K-major
     kWeight = 1,      // 128 rows: right operand, K-major
     kWeightMN = 2,    // [2][64 k][64 n]: right operand, MN-major
-    kOperandMN = 3,   // [1][32 k][64 m]: left operand of a wgrad, half a stage's rows
+    kOperandMN = 3,   // [1][64 k][64 m]: left operand of a wgrad
     kOutput = 4,      // 64 rows: what a storer sends
     kGradient = 5,    // the same in fp32: 64 rows of 32 columns
-    kRightMN = 6,     // [2][32 k][64 n]: its right operand
 };
 
 // Describes the row-major matrix [rows, cols] at `address`. Throws std::runtime_error naming what is wrong.

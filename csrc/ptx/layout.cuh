@@ -9,13 +9,12 @@ enum class Major : int { K = 0, MN = 1 };
 
 // Shared-memory descriptor of a tile in the 128-byte swizzle (PTX ISA, "Shared Memory Matrix Layout").
 // K-major: rows of 64 elements, 8-row groups 1024 bytes apart.
-// MN-major: [k][64 mn] blocks; 8-k groups 1024 bytes apart, the next 64 mn, if any, in the next block, `kBlockBytes`
-// away.
-template <Major kMajor, int kBlockBytes>
+// MN-major: [64 k][64 mn] blocks; 8-k groups 1024 bytes apart, the next 64 mn in the next 8192-byte block.
+template <Major kMajor>
 __device__ __forceinline__ uint64_t smem_descriptor(uint32_t address) {
     constexpr uint64_t kSwizzle128 = 1ull << 62;
     constexpr uint64_t kStride = 1024 >> 4;
-    constexpr uint64_t kLeading = kMajor == Major::MN ? kBlockBytes >> 4 : 1;
+    constexpr uint64_t kLeading = kMajor == Major::MN ? 8192 >> 4 : 1;
     return kSwizzle128 | (kStride << 32) | (kLeading << 16) | ((address & 0x3FFFF) >> 4);
 }
 

@@ -87,16 +87,6 @@ __device__ __forceinline__ uint4 load_v4_once(const void* address) {
     return v;
 }
 
-__device__ __forceinline__ float2 load_v2_once(const float* address) {
-    float2 v;
-    asm volatile("ld.global.L1::no_allocate.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(address) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void store_v2(float* address, float v0, float v1) {
-    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(v0), "f"(v1) : "memory");
-}
-
 __device__ __forceinline__ void store_v4(void* address, uint4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");

@@ -83,69 +83,21 @@ __device__ __forceinline__ void put_floats(uint32_t rows, const float* v, bool a
     }
 }
 
-// The last columns of a wgrad's tile: no place holds them, and this thread adds and stores them itself.
-struct LateColumns {
-    float* first;  // its element of block 0, row lane/4
-    int64_t pitch;
-    int blocks;  // of 8 columns, that lie inside the gradient
-
-    __device__ __forceinline__ float* at(int block, int half) const { return first + 8 * block + 8 * half * pitch; }
-};
-
-constexpr int kLateBlocks = (kTileN - kGradLate) / 8;
-constexpr int kLate = kGradLate / 2;  // the first accumulator of them
-static_assert(4 * kLateBlocks <= kParts * 16);
-
-__device__ __forceinline__ LateColumns late_columns(const GemmParams& params, const Share& share, int warp_row,
-                                                    float* gradient) {
-    const int lane = threadIdx.x & 31, column = share.column + kGradLate;
-    const int64_t row = share.row + warp_row + lane / 4;
-    return {gradient + row * params.n_extent + column + 2 * (lane & 3), params.n_extent,
-            (params.n_extent - column) / 8};
-}
-
-// What they are added to, into accumulators that have been dropped in a place already.
-__device__ __forceinline__ void load_late(const LateColumns& late, bool add, float (&d)[128]) {
-#pragma unroll
-    for (int i = 0; i < 2 * kLateBlocks; ++i) {
-        float2 old{0.0f, 0.0f};
-        if (add && i / 2 < late.blocks) old = ptx::load_v2_once(late.at(i / 2, i % 2));
-        d[2 * i] = old.x;
-        d[2 * i + 1] = old.y;
-    }
-}
-
-__device__ __forceinline__ void store_late(const LateColumns& late, const float (&d)[128]) {
-#pragma unroll
-    for (int i = 0; i < 2 * kLateBlocks; ++i) {
-        if (i / 2 >= late.blocks) continue;
-        ptx::store_v2(late.at(i / 2, i % 2), __fadd_rn(d[2 * i], d[kLate + 2 * i]),
-                      __fadd_rn(d[2 * i + 1], d[kLate + 2 * i + 1]));
-    }
-}
-
-// Output stage `kStage` of a wgrad: parts of the gradient, added to and handed over.
-template <int kStage>
-__device__ __forceinline__ void put_gradient(SharedStorage& shared, const GemmParams& params, WarpPlace place,
-                                             const float (&d)[128], Position& position, Trace& trace) {
-    const OutputPlace output = position.next_output<Gemm::kWgrad>(kStage);
-    const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
-    if (kStage == 0) trace.mark(Mark::kFirstOutput);
-#pragma unroll
-    for (int i = 0; i < grad_parts(kStage); ++i) {
-        put_floats(rows + i * kPartBytes, &d[16 * (grad_part(kStage) + i)], params.accumulate);
-    }
-    publish_output(shared, place.warpgroup, output);
-}
-
 // wgrad: one fp32 addition per element and launch.
 __device__ __forceinline__ void wgrad_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
-                                               const LateColumns& late, float (&d)[128], Position& position,
-                                               Trace& trace) {
-    put_gradient<0>(shared, params, place, d, position, trace);
-    load_late(late, params.accumulate, d);
-    put_gradient<1>(shared, params, place, d, position, trace);
-    store_late(late, d);
+                                               const float (&d)[128], Position& position, Trace& trace) {
+    const bool add = params.accumulate;
+#pragma unroll
+    for (int stage = 0; stage < kGradStages; ++stage) {
+        const OutputPlace output = position.next_output<Gemm::kWgrad>(stage);
+        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
+        if (stage == 0) trace.mark(Mark::kFirstOutput);
+#pragma unroll
+        for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
+            put_floats(rows + i * kPartBytes, &d[16 * (stage * kParts + i)], add);
+        }
+        publish_output(shared, place.warpgroup, output);
+    }
 }
 
 // A first write for an expert without rows, straight to memory.

@@ -9,11 +9,11 @@ namespace megamoe {
 template <Gemm kGemm>
 __device__ __forceinline__ void skip(SharedStorage& shared, const GemmParams& params, int k_blocks, int outputs,
                                      Position& position) {
-    for (int step = 0; step < operand_steps(kGemm, k_blocks); ++step) {
-        auto& cursor = position.template operands<kGemm>();
-        wait(Operands<kGemm>::full(shared, cursor.index), cursor.parity, params.deadline, Waiting::kStageFull);
-        Operands<kGemm>::release(shared, cursor.index);
-        cursor.advance();
+    for (int k_block = 0; k_block < k_blocks; ++k_block) {
+        const StageCursor& ring = position.ring;
+        wait(&shared.stage_full[ring.index], ring.parity, params.deadline, Waiting::kStageFull);
+        release_stage(shared, ring.index);
+        position.ring.advance();
     }
     for (int stage = 0; stage < outputs; ++stage) {
         const OutputPlace output = position.next_output<kGemm>(stage);
@@ -23,45 +23,41 @@ __device__ __forceinline__ void skip(SharedStorage& shared, const GemmParams& pa
 }
 
 // Issues the reduction loop, of at least one step. Its last step is still running on return: finish_multiply waits for
-// it. Returns where that step's operands are.
+// it. Returns the stage of that step.
 template <Gemm kGemm>
 __device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams& params, int warpgroup, int k_blocks,
-                                        Position& position, float (&d)[128], Trace& trace) {
-    using Step = Operands<kGemm>;
+                                        StageCursor& cursor, float (&d)[128], Trace& trace) {
     constexpr ptx::Major kA = GemmTraits<kGemm>::kMajorA, kB = GemmTraits<kGemm>::kMajorB;
-    constexpr int kBlockBytes = Step::kSteps * 128;  // of 64 rows or columns of an MN-major operand
-    auto& cursor = position.template operands<kGemm>();
     int previous = -1;
-    int step = 0;
+    int k_block = 0;
     do {
-        wait(Step::full(shared, cursor.index), cursor.parity, params.deadline, Waiting::kStageFull);
-        if (step == 0) trace.mark(Mark::kFirstStage);
-        const uint32_t memory = ptx::smem_address(Step::memory(shared, cursor.index));
-        const uint64_t a = ptx::smem_descriptor<kA, kBlockBytes>(memory + warpgroup * (Step::kBytesA / 2));
-        const uint64_t b = ptx::smem_descriptor<kB, kBlockBytes>(memory + Step::kBytesA);
+        wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);
+        if (k_block == 0) trace.mark(Mark::kFirstStage);
+        const uint32_t stage = ptx::smem_address(shared.ring[cursor.index]);
+        const uint64_t a = ptx::smem_descriptor<kA>(stage + warpgroup * (kBytesA / 2));
+        const uint64_t b = ptx::smem_descriptor<kB>(stage + kBytesA);
         ptx::pin_accumulators(d);
         ptx::wgmma_fence();
 #pragma unroll
-        for (int slice = 0; slice < Step::kSteps / 16; ++slice) {
+        for (int slice = 0; slice < kBlockK / 16; ++slice) {
             ptx::wgmma_m64n256k16<kA, kB>(d, a + slice * ptx::kSliceStep<kA>, b + slice * ptx::kSliceStep<kB>,
-                                          step > 0 || slice > 0);
+                                          k_block > 0 || slice > 0);
         }
         ptx::wgmma_commit();
         ptx::pin_accumulators(d);
-        // The step before this one is complete: its memory can be refilled.
+        // The step before this one is complete: its stage can be refilled.
         ptx::wgmma_wait<1>();
-        if (previous >= 0) Step::release(shared, previous);
+        if (previous >= 0) release_stage(shared, previous);
         previous = cursor.index;
         cursor.advance();
-    } while (++step < operand_steps(kGemm, k_blocks));
+    } while (++k_block < k_blocks);
     return previous;
 }
 
-template <Gemm kGemm>
-__device__ __forceinline__ void finish_multiply(SharedStorage& shared, int last, float (&d)[128]) {
+__device__ __forceinline__ void finish_multiply(SharedStorage& shared, int last_stage, float (&d)[128]) {
     ptx::wgmma_wait<0>();
     ptx::pin_accumulators(d);
-    Operands<kGemm>::release(shared, last);
+    release_stage(shared, last_stage);
 }
 
 __device__ __forceinline__ WarpPlace warp_place(int warpgroup) {
@@ -82,20 +78,17 @@ __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParam
     if (GemmTraits<kGemm>::kIsWgrad && slot.k_blocks == 0) {
         return zero_gradient(params, share, warp_row, params.gradients[slot.expert]);
     }
-    // The pointer comes while the products run.
-    float* gradient = GemmTraits<kGemm>::kIsWgrad ? params.gradients[slot.expert] : nullptr;
-    const int last = multiply<kGemm>(shared, params, place.warpgroup, slot.k_blocks, position, d, trace);
+    const int last_stage = multiply<kGemm>(shared, params, place.warpgroup, slot.k_blocks, position.ring, d, trace);
     // Asked for while the last step runs.
     const float2 p = kUsesWeights ? row_weights(params, share, warp_row) : float2{0.0f, 0.0f};
-    finish_multiply<kGemm>(shared, last, d);
+    finish_multiply(shared, last_stage, d);
     trace.mark(Mark::kMultiplied);
     if constexpr (kGemm == Gemm::kFc1) {
         swiglu_epilogue(shared, params, place, p, d, position);
     } else if constexpr (kGemm == Gemm::kDgrad2) {
         dswiglu_epilogue(shared, params, share, place, outputs, p, d, position, trace);
     } else if constexpr (kGemm == Gemm::kWgrad) {
-        const LateColumns late = late_columns(params, share, warp_row, gradient);
-        wgrad_epilogue(shared, params, place, late, d, position, trace);
+        wgrad_epilogue(shared, params, place, d, position, trace);
     } else {
         store_epilogue(shared, params, place, d, position);
     }

@@ -4,7 +4,7 @@
 //
 // A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of
 // each.
-//   fc1, dgrad2: gate, up, a of 64 columns   fc2, dgrad1: two parts of 64 columns   wgrad: three, two of 32 fp32
+//   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
 // Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the
 // stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
 #pragma once
@@ -20,18 +20,17 @@ static_assert(kParts * kPartBytes == kStageBytes && kPartBytes == kBytesA && 2 *
 __device__ __forceinline__ Unit unit_of(const UnitSlot& slot) { return {slot.m_tile, slot.n_tile, slot.n_pair != 0}; }
 
 __device__ __forceinline__ uint8_t* output_memory(SharedStorage& shared, OutputPlace place) {
-    if (place.index == kGradPlace) return shared.ring[kStages - 1];
     return place.index == kSpare ? shared.spare : shared.ring[place.index];
 }
 
-// `count` warps of this CTA are done with the place. All but the spare concern the peer's loader too. Arrivals
+// `count` warps of this CTA are done with the place. Only a stage of the ring concerns the peer's loader too. Arrivals
 // there count one each: an idle warp of the peer may arrive for the next lap while ours are under way. It then takes
 // the place of one of them, which is as good, but a larger one would no longer fit.
 __device__ __forceinline__ void release_output(SharedStorage& shared, OutputPlace place, uint32_t count) {
     const uint32_t lane = threadIdx.x & 31;
-    __syncwarp();  // as in Operands::release
-    if (!is_shared(place.index)) {
-        if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[place.index], count);
+    __syncwarp();  // as in release_stage
+    if (place.index == kSpare) {
+        if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[kSpare], count);
     } else if (lane < kClusterSize * count) {
         ptx::mbarrier_arrive_cta(&shared.stage_free[place.index], lane % kClusterSize);
     }
@@ -111,8 +110,8 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
         ptx::tma_store_2d(&params.out, part + kPartBytes, params.n_extent + column, row);
         ptx::tma_store_2d(&params.act, part + 2 * kPartBytes, column, row);
     } else if constexpr (kGemm == Gemm::kWgrad) {
-        for (int i = 0; i < grad_parts(stage); ++i) {
-            const int column = share.column + (grad_part(stage) + i) * kGradColumns;
+        for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
+            const int column = share.column + (stage * kParts + i) * kGradColumns;
             ptx::tma_store_2d(gradient, part + i * kPartBytes, column, row);
         }
     } else {
@@ -135,12 +134,13 @@ __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParam
                                           int rank, Position& position, Laps& laps, Trace& trace, Send&& send) {
     const Unit unit = unit_of(slot);
     const int outputs = output_stages(kGemm, params.n_extent, unit, slot.k_blocks);
-    if (kGemm != Gemm::kWgrad) position.ring.skip(slot.k_blocks);
+    position.ring.skip(slot.k_blocks);
     int working = 0;
 #pragma unroll
     for (int w = 0; w < kMathWarpgroups; ++w) working += share_of<kGemm>(params, slot, rank, w).works;
-    // By TMA a stage is handed back when the next one is on its way, so that the SM never stops sending.
-    constexpr bool kInStep = !kByTma;
+    // By TMA a stage is handed back when the next one is on its way, so that the SM never stops sending. Not where
+    // gradients come in too: there, sending faster slowed what is loaded (measured: 2 to 8%).
+    const bool in_step = !kByTma || (kGemm == Gemm::kWgrad && params.accumulate);
     OutputPlace on_the_way{-1, 0};
     for (int stage = 0; stage < outputs; ++stage) {
         const OutputPlace place = position.next_output<kGemm>(stage);
@@ -157,7 +157,8 @@ __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParam
             send(w, share_of<kGemm>(params, slot, rank, w), stage, output_memory(shared, place) + w * (kPartBytes / 2));
         }
         if (kByTma) ptx::tma_store_commit();
-        if (kInStep) {
+        if (in_step) {
+            if (kByTma) ptx::tma_store_wait_read<0>();
             release_output(shared, place, working * kWarpgroupWarps);
             continue;
         }

@@ -11,8 +11,6 @@ constexpr int kBytesA = kTileM * kBlockK * 2;
 constexpr int kBytesB = kTileN * kBlockK * 2;
 constexpr int kStageBytes = kBytesA + kBytesB;
 constexpr int kSpareBytes = 32768;  // beside the ring: two parts of results (roles/output.cuh)
-
-constexpr int kHalfBytes = kStageBytes / 2;
 constexpr int kThreads = 128 * (1 + kMathWarpgroups);
 constexpr int kWarpRows = 16;  // rows of a math warp
 
@@ -38,11 +36,9 @@ struct alignas(1024) SharedStorage {
     uint8_t ring[kStages][kStageBytes];
     uint8_t spare[kSpareBytes];
     UnitSlot units[kUnitSlots];
-    uint64_t stage_full[kPlaces];  // [kSpare], [kGradPlace]: the other places, here and below
-    uint64_t stage_free[kPlaces];
-    uint64_t output_full[kMathWarpgroups][kPlaces];
-    uint64_t half_full[kHalves];
-    uint64_t half_free[kHalves];
+    uint64_t stage_full[kStages + 1];  // [kSpare]: the spare place, here and below
+    uint64_t stage_free[kStages + 1];
+    uint64_t output_full[kMathWarpgroups][kStages + 1];
     uint64_t unit_full[kUnitSlots];
     uint64_t unit_free[kUnitSlots];
     int expert_rows[kMaxExperts];  // scheduler only
@@ -54,14 +50,11 @@ __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, th
 
 // By one thread of each CTA, followed by a cluster_sync of all.
 __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
-    for (int i = 0; i < kPlaces; ++i) {
+    for (int i = 0; i <= kStages; ++i) {
         ptx::mbarrier_init(&shared.stage_full[i], 1);
         for (int w = 0; w < kMathWarpgroups; ++w) ptx::mbarrier_init(&shared.output_full[w][i], kOutputFullArrivals);
-        ptx::mbarrier_init(&shared.stage_free[i], free_arrivals(i));  // by the math warps, or a storer for its four
-    }
-    for (int i = 0; i < kHalves; ++i) {
-        ptx::mbarrier_init(&shared.half_full[i], 1);
-        ptx::mbarrier_init(&shared.half_free[i], kStageFreeArrivals);
+        // By the math warps, or a storer for its four.
+        ptx::mbarrier_init(&shared.stage_free[i], i == kSpare ? kSpareFreeArrivals : kStageFreeArrivals);
     }
     for (int i = 0; i < kUnitSlots; ++i) {
         ptx::mbarrier_init(&shared.unit_full[i], 1);
@@ -80,28 +73,12 @@ __device__ __forceinline__ UnitSlot next_unit(SharedStorage& shared, UnitCursor&
     return unit;
 }
 
-// The operands of one step of a product: a stage of the ring, or, of a wgrad, half of one.
-template <Gemm kGemm>
-struct Operands {
-    static constexpr bool kHalf = kGemm == Gemm::kWgrad;
-    static constexpr int kSteps = kHalf ? kBlockK / 2 : kBlockK;  // of the reduction
-    static constexpr int kBytesA = kTileM * kSteps * 2;
-
-    static __device__ __forceinline__ uint8_t* memory(SharedStorage& shared, int index) {
-        return kHalf ? shared.ring[0] + index * kHalfBytes : shared.ring[index];
-    }
-    static __device__ __forceinline__ uint64_t* full(SharedStorage& shared, int index) {
-        return kHalf ? &shared.half_full[index] : &shared.stage_full[index];
-    }
-
-    // A warp is done with them: tell the loaders of both CTAs. All lanes meet first: one that had not yet passed its
-    // wait for them would miss the phase.
-    static __device__ __forceinline__ void release(SharedStorage& shared, int index) {
-        const int lane = threadIdx.x & 31;
-        __syncwarp();
-        uint64_t* free = kHalf ? &shared.half_free[index] : &shared.stage_free[index];
-        if (lane < kClusterSize) ptx::mbarrier_arrive_cta(free, lane);
-    }
-};
+// A warp is done with a stage: tell the loaders of both CTAs. All lanes meet first: one that had not yet passed its
+// wait for the stage would miss the phase.
+__device__ __forceinline__ void release_stage(SharedStorage& shared, int stage) {
+    const int lane = threadIdx.x & 31;
+    __syncwarp();
+    if (lane < kClusterSize) ptx::mbarrier_arrive_cta(&shared.stage_free[stage], lane);
+}
 
 }  // namespace megamoe

@@ -24,7 +24,7 @@ constexpr int kMaxExperts = 512;  // local experts of one launch
 
 struct Unit {
     int m_tile;   // first 128-row tile of the unit
-    int n_tile;   // first column tile of the unit
+    int n_tile;   // first 256-column tile of the unit
     bool n_pair;  // the CTAs sit side by side along N (else along M)
 };
 

@@ -4,10 +4,6 @@
 // Every unit walks its operand stages (`k_blocks`) and then its output stages, the places where results wait to be
 // sent. A unit's last output stage, where it is small, lies in a spare place beside the ring, so that the next unit's
 // operands find one more free stage.
-//
-// A wgrad has no output stage in the ring. It walks *half stages*, 32 steps of the reduction, in the memory of the
-// first three stages; the last stage's memory, the spare and registers hold a tile of the gradient: what it adds to
-// comes in, and the result leaves, while operands flow. Units of other products take the stages back one by one.
 #pragma once
 #include "schedule/grouped.cuh"
 
@@ -27,10 +23,7 @@ constexpr int kMathWarpgroups = 2;
 constexpr int kWarpgroupWarps = 4;
 constexpr int kMathWarps = kWarpgroupWarps * kMathWarpgroups;
 constexpr int kStages = 4;
-constexpr int kSpare = kStages;          // index of the spare place where stages are counted
-constexpr int kGradPlace = kStages + 1;  // and of the last stage's memory, where a wgrad has it
-constexpr int kPlaces = kStages + 2;
-constexpr int kHalves = 2 * (kStages - 1);    // half stages of a wgrad
+constexpr int kSpare = kStages;               // index of the spare place where stages are counted
 constexpr int kUnitSlots = 2;                 // few: what a cluster has claimed no other one can take
 constexpr int kUnitReaders = kMathWarps + 2;  // warps of a CTA that read each unit: math, loader, storer
 
@@ -40,17 +33,11 @@ constexpr int kStageFreeArrivals = kMathWarps * kClusterSize;  // both CTAs: a m
 constexpr int kSpareFreeArrivals = kMathWarps;
 constexpr int kOutputFullArrivals = kWarpgroupWarps;
 
-// Whether the peer's loader writes there too: all but the spare.
-MEGAMOE_HD constexpr bool is_shared(int place) { return place != kSpare; }
-MEGAMOE_HD constexpr int free_arrivals(int place) { return is_shared(place) ? kStageFreeArrivals : kSpareFreeArrivals; }
-
-constexpr int kChunkColumns = 64;    // columns of I in one output stage of dgrad2
-constexpr int kParts = 3;            // 16 KB parts of a stage
-constexpr int kGradColumns = 32;     // fp32 columns of a part
-constexpr int kGradStages = 2;       // a wgrad's output stages: the last stage's memory, the spare
-constexpr int kGradPlacedParts = 5;  // in both; the rest of the tile stays in registers
-constexpr int kGradLate = kGradPlacedParts * kGradColumns;  // first column of that rest
-constexpr int kGradStep = 16;  // half stages of a wgrad before what it adds to is asked for
+constexpr int kChunkColumns = 64;                  // columns of I in one output stage of dgrad2
+constexpr int kParts = 3;                          // 16 KB parts of a stage
+constexpr int kGradColumns = 32;                   // fp32 columns of a part
+constexpr int kGradParts = kTileN / kGradColumns;  // parts of a gradient tile
+constexpr int kGradStages = ceil_div(kGradParts, kParts);
 
 // Position in a ring of kCount slots: index and the parity of the lap.
 template <int kCount>
@@ -63,8 +50,6 @@ struct Cursor {
             parity ^= 1;
         }
     }
-    // Parity of the next lap of a slot.
-    MEGAMOE_HD constexpr unsigned next_parity(int slot) const { return slot >= index ? parity : parity ^ 1; }
     MEGAMOE_HD constexpr void skip(int steps) {
         const int to = index + steps;
         parity ^= (to / kCount) & 1;
@@ -72,7 +57,6 @@ struct Cursor {
     }
 };
 using StageCursor = Cursor<kStages>;
-using HalfCursor = Cursor<kHalves>;
 using UnitCursor = Cursor<kUnitSlots>;
 
 // Columns of a tile of the result: fc1's holds 128 gate columns and the 128 up columns that belong to them.
@@ -95,42 +79,20 @@ MEGAMOE_HD constexpr int output_stages(Gemm gemm, int n_extent, Unit unit, int k
 
 // Whether output stage `stage` lies in the spare place.
 MEGAMOE_HD constexpr bool in_spare(Gemm gemm, int stage) {
-    return gemm != Gemm::kFc1 && gemm != Gemm::kDgrad2 && stage == 1;
+    if (gemm == Gemm::kFc1 || gemm == Gemm::kDgrad2) return false;
+    return stage == (gemm == Gemm::kWgrad ? kGradStages - 1 : 1);
 }
 
-// Steps in which a product's operands come: a stage each, of a wgrad half a stage.
-MEGAMOE_HD constexpr int operand_steps(Gemm gemm, int k_blocks) {
-    return gemm == Gemm::kWgrad ? 2 * k_blocks : k_blocks;
-}
-
-// Half stages of a wgrad after which its output stages are granted.
-MEGAMOE_HD constexpr int grant_step(int halves) { return halves < kGradStep ? halves : kGradStep; }
-
-// A place for results: a stage of the ring, the spare, or the last stage's memory.
+// A place for results: a stage of the ring or the spare.
 struct OutputPlace {
     int index;
     unsigned parity;
 };
 
-// Parts of a wgrad's output stage, and the first of them.
-MEGAMOE_HD constexpr int grad_parts(int stage) { return stage == 0 ? kParts : kGradPlacedParts - kParts; }
-MEGAMOE_HD constexpr int grad_part(int stage) { return stage * kParts; }
-
-// Where a role stands: in the ring, in a wgrad's half stages, and in the laps of the other places.
+// Where a role stands: in the ring, and in the laps of the spare.
 struct Position {
     StageCursor ring;
-    HalfCursor halves;
     unsigned spare_parity = 0;
-    unsigned grad_parity = 0;
-
-    template <Gemm kGemm>
-    MEGAMOE_HD constexpr auto& operands() {
-        if constexpr (kGemm == Gemm::kWgrad) {
-            return halves;
-        } else {
-            return ring;
-        }
-    }
 
     // The place of output stage `stage`; moves on.
     template <Gemm kGemm>
@@ -138,11 +100,6 @@ struct Position {
         if (in_spare(kGemm, stage)) {
             const OutputPlace place{kSpare, spare_parity};
             spare_parity ^= 1;
-            return place;
-        }
-        if (kGemm == Gemm::kWgrad) {
-            const OutputPlace place{kGradPlace, grad_parity};
-            grad_parity ^= 1;
             return place;
         }
         const OutputPlace place{ring.index, ring.parity};

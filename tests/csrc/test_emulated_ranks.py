@@ -109,26 +109,18 @@ MUTATIONS = {
     "accumulators read before the last step": ("roles/math.cuh", "    ptx::wgmma_wait<0>();\n", "", MANY_ROWS),
     "products before their operands": (
         "roles/math.cuh",
-        "        wait(Step::full(shared, cursor.index), cursor.parity, params.deadline, Waiting::kStageFull);\n"
-        "        if (step", "        if (step", MANY_ROWS),
+        "        wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);\n"
+        "        if (k_block", "        if (k_block", MANY_ROWS),
     "a stage loaded before it is free": (
         "roles/loader.cuh",
         "        wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);\n", "",
         MANY_ROWS),
-    "a stage loaded over what a wgrad has there": (
-        "roles/loader.cuh",
-        "            if (k_block < kStages) wait_for_wgrad(shared, params.deadline, position, ring.index);\n", "",
-        FUSED),
-    "half a stage loaded over another product's": (
-        "roles/loader.cuh",
-        "        if (step < kHalves) wait_for_stage(shared, params.deadline, position.ring, halves.index / 2);\n", "",
-        FUSED),
     "fewer bytes expected than come": (
         "roles/loader.cuh", "ptx::mbarrier_expect(full, kStageBytes)",
         "ptx::mbarrier_expect(full, kStageBytes - 8192)", MANY_ROWS),
     "a stage handed back to the own loader only": (
-        "roles/shared.cuh", "if (lane < kClusterSize) ptx::mbarrier_arrive_cta(free, lane);",
-        "if (lane == 0) ptx::mbarrier_arrive(free, 2);", MANY_ROWS),
+        "roles/shared.cuh", "if (lane < kClusterSize) ptx::mbarrier_arrive_cta(&shared.stage_free[stage], lane);",
+        "if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[stage], 2);", MANY_ROWS),
     "results stored without a fence": (
         "roles/output.cuh",
         "    ptx::fence_async_shared();  // this thread's writes before the TMA unit's reads\n", "", MANY_ROWS),
@@ -138,7 +130,7 @@ MUTATIONS = {
     "a place handed back while results leave it": (
         "roles/output.cuh", "            ptx::tma_store_wait_read<1>();\n", "", MANY_ROWS),
     "a matrix descriptor of another tile": (
-        "roles/math.cuh", "kBlockBytes = Step::kSteps * 128;", "kBlockBytes = kBlockK * 128;", MANY_ROWS),
+        "ptx/layout.cuh", "8192 >> 4", "4096 >> 4", MANY_ROWS),
     "one word for all announcements, a rank that runs ahead": (
         "layout/workspace.cuh", "constexpr int kReadySlots = 4;", "constexpr int kReadySlots = 1;", AHEAD),
 }  # fmt: skip

@@ -25,8 +25,6 @@ MUTATIONS = {
         "kSpareFreeArrivals = kMathWarps",
         "kSpareFreeArrivals = kWarpgroupWarps",
     ),
-    "the last stage's memory handed back to the own CTA only": ("return place != kSpare;", "return place < kSpare;"),
-    "a slot's next lap taken for the lap after": ("slot >= index ? parity", "slot > index ? parity"),
     "a role skips one operand too many": ("index = to % kCount;", "index = (to + 1) % kCount;"),
     "the lap's parity never turns": ("            parity ^= 1;\n", ""),
 }

@@ -4,8 +4,7 @@
 // made very slow. Checks, at every step:
 //   - no deadlock: some agent can always go on until all are done;
 //   - no wait passes on a phase other than the one meant (parity tells only odd from even);
-//   - a stage is written only when everybody has handed back what it held, and read only with what was meant in it;
-//     a wgrad's half stages, and its place in the last stage's memory, share memory with the stages of all others.
+//   - a stage is written only when everybody has handed back what it held, and read only with what was meant in it.
 // usage: walk_ring SEED UNITS; prints "ok N" (steps) or "failed: what", and exits 1.
 #include <cstdio>
 #include <cstdlib>
@@ -52,17 +51,16 @@ struct Barrier {
     bool passed(unsigned parity) const { return (phase & 1u) != parity; }
 };
 
-// What lies in a place or is on its way there: a number for its contents, and how many warps have yet to hand it back.
+// What lies in a stage: the walk number of its contents, and how many warps have yet to hand it back.
 struct Memory {
     long content = -1;
     int readers = 0;
 };
 
 struct Cta {
-    Barrier stage_full[kPlaces], stage_free[kPlaces], output_full[kMathWarpgroups][kPlaces];
+    Barrier stage_full[kStages + 1], stage_free[kStages + 1], output_full[kMathWarpgroups][kStages + 1];
     Barrier unit_full[kUnitSlots], unit_free[kUnitSlots];
-    Barrier half_full[kHalves], half_free[kHalves];
-    Memory memory[kPlaces], half[kHalves];
+    Memory memory[kStages + 1];
     int slot[kUnitSlots];
 };
 
@@ -107,14 +105,10 @@ class Cluster {
 public:
     Cluster(const Case& work, std::mt19937& random) : work_(work), random_(random) {
         for (Cta& cta : ctas_) {
-            for (int i = 0; i < kPlaces; ++i) {
+            for (int i = 0; i <= kStages; ++i) {
                 cta.stage_full[i].init(1);
-                cta.stage_free[i].init(free_arrivals(i));
+                cta.stage_free[i].init(i == kSpare ? kSpareFreeArrivals : kStageFreeArrivals);
                 for (auto& full : cta.output_full) full[i].init(kOutputFullArrivals);
-            }
-            for (int i = 0; i < kHalves; ++i) {
-                cta.half_full[i].init(1);
-                cta.half_free[i].init(kStageFreeArrivals);
             }
             for (int i = 0; i < kUnitSlots; ++i) {
                 cta.unit_full[i].init(1);
@@ -207,158 +201,66 @@ private:
         }
     }
 
-    // A transfer is issued; the first of a place's contents finds it handed back by all math warps (or for them), and
-    // nothing else in its memory.
-    void begin(Memory& memory, long content, std::initializer_list<const Memory*> beside) {
+    // A transfer lands; the first of a stage's contents finds it handed back by all math warps (or for them).
+    void fill(int cta, int index, long content) {
+        Memory& memory = ctas_[cta].memory[index];
         if (memory.content == content) return;
         if (memory.readers != 0) fail("a stage was overwritten while it was read");
-        for (const Memory* other : beside) {
-            if (other->readers != 0) fail("a stage was overwritten where something else lies in its memory");
-        }
         memory = {content, kMathWarps};
-    }
-    void fill(int cta, int index, long content) {
-        Cta& here = ctas_[cta];
-        Memory& memory = here.memory[index];
-        if (index == kSpare) return begin(memory, content, {});
-        if (index == kGradPlace) return begin(memory, content, {&here.memory[kStages - 1]});
-        if (index == kStages - 1) return begin(memory, content, {&here.memory[kGradPlace]});
-        begin(memory, content, {&here.half[2 * index], &here.half[2 * index + 1]});
-    }
-    void fill_half(int cta, int half, long content) {
-        begin(ctas_[cta].half[half], content, {&ctas_[cta].memory[half / 2]});
-    }
-
-    // Which use of a place it is: the ring is walked, the others are counted.
-    struct Uses {
-        // Laps that a stage or half of one has had.
-        int laps_of_stage(int stage) const { return static_cast<int>((walk + kStages - 1 - stage) / kStages); }
-        int laps_of_half(int half) const { return static_cast<int>((halves + kHalves - 1 - half) / kHalves); }
-
-        long walk = 0, halves = 0, of[kPlaces] = {};
-        struct Use {
-            long content;
-            int lap;
-        };
-        Use next(int index) {
-            if (index < kStages) return {walk, static_cast<int>(walk++ / kStages)};
-            const long lap = of[index]++;
-            return {1000000L * index + lap, static_cast<int>(lap)};
-        }
-    };
-
-    // What another product, or a wgrad, has in the memory of a stage is gone.
-    void when_stage_gone(Agent& agent, int cta, const Position& position, const Uses& uses, int stage) {
-        when_free(agent, cta, stage, position.ring.next_parity(stage), uses.laps_of_stage(stage), {});
-    }
-    void when_wgrad_gone(Agent& agent, int cta, const Position& position, const Uses& uses, int stage) {
-        if (stage == kStages - 1) {
-            const int lap = static_cast<int>(uses.of[kGradPlace]);
-            return when_free(agent, cta, kGradPlace, position.grad_parity, lap, {});
-        }
-        for (int half = 2 * stage; half < 2 * stage + 2; ++half) {
-            when_half_free(agent, cta, half, position.halves.next_parity(half), uses.laps_of_half(half), {});
-        }
-    }
-    void when_half_free(Agent& agent, int cta, int half, unsigned parity, int lap, std::function<void()> then) {
-        if (lap == 0) return act(agent, std::move(then));
-        wait(agent, ctas_[cta].half_free[half], parity ^ 1, lap - 1, std::move(then));
-    }
-
-    void load_half(Agent& agent, int cta, Position& position, Uses& uses) {
-        const int half = position.halves.index;
-        const long content = uses.halves++;
-        const int lap = static_cast<int>(content / kHalves);
-        when_half_free(agent, cta, half, position.halves.parity, lap, [this, cta, half, content] {
-            ctas_[cta].half_full[half].expect(24);
-            fill_half(cta, half, content);
-            transfers_.push_back([this, cta, half] { ctas_[cta].half_full[half].complete(16); });  // its own operand
-            for (int to = 0; to < kClusterSize; ++to) {  // half of the shared one, multicast
-                fill_half(to, half, content);
-                transfers_.push_back([this, to, half] { ctas_[to].half_full[half].complete(4); });
-            }
-        });
-        position.halves.advance();
-    }
-
-    void load_wgrad(Agent& agent, int cta, Position& position, Uses& uses, const Task& task) {
-        const int steps = 2 * task.k_blocks;
-        for (int step = 0; step < steps; ++step) {
-            if (step < kHalves) when_stage_gone(agent, cta, position, uses, position.halves.index / 2);
-            load_half(agent, cta, position, uses);
-            if (step + 1 != grant_step(steps)) continue;
-            when_stage_gone(agent, cta, position, uses, kStages - 1);
-            grant_outputs(agent, cta, position, uses, task);
-        }
-    }
-
-    void load_operands(Agent& agent, int cta, Position& position, Uses& uses) {
-        const int index = position.ring.index;
-        const unsigned parity = position.ring.parity;
-        const auto [walk, lap] = uses.next(index);
-        when_free(agent, cta, index, parity, lap, [this, cta, index, walk] {
-            ctas_[cta].stage_full[index].expect(48);
-            fill(cta, index, walk);
-            transfers_.push_back([this, cta, index] { ctas_[cta].stage_full[index].complete(32); });  // its own operand
-            for (int to = 0; to < kClusterSize; ++to) {  // half of the shared one, multicast
-                fill(to, index, walk);
-                transfers_.push_back([this, to, index] { ctas_[to].stage_full[index].complete(8); });
-            }
-        });
-        position.ring.advance();
-    }
-
-    void grant_outputs(Agent& agent, int cta, Position& position, Uses& uses, const Task& task) {
-        const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
-        for (int stage = 0; stage < outputs; ++stage) {
-            const OutputPlace place = next_output(position, task.gemm, stage);
-            const auto [content, lap] = uses.next(place.index);
-            when_free(agent, cta, place.index, place.parity, lap, [this, cta, place, content] {
-                ctas_[cta].stage_full[place.index].expect(48);
-                fill(cta, place.index, content);
-                transfers_.push_back([this, cta, place] { ctas_[cta].stage_full[place.index].complete(48); });
-            });
-        }
     }
 
     void build_loader(int cta) {
         Agent& agent = agents_.emplace_back();
         Position position;
         UnitCursor cursor;
-        Uses uses;
+        long walk = 0, spare_uses = 0;
         for (size_t number = 0; number < work_.tasks.size(); ++number) {
             const Task& task = work_.tasks[number];
             take_unit(agent, cta, cursor, static_cast<int>(number));
-            if (task.gemm == Gemm::kWgrad) {
-                load_wgrad(agent, cta, position, uses, task);
-                continue;
+            for (int k = 0; k < task.k_blocks; ++k, ++walk) {
+                const int index = position.ring.index;
+                when_free(agent, cta, index, position.ring.parity, static_cast<int>(walk / kStages),
+                          [this, cta, index, walk] {
+                              ctas_[cta].stage_full[index].expect(48);
+                              transfers_.push_back([this, cta, index, walk] {  // its own operand
+                                  fill(cta, index, walk);
+                                  ctas_[cta].stage_full[index].complete(32);
+                              });
+                              for (int to = 0; to < kClusterSize; ++to) {  // half of the shared one, multicast
+                                  transfers_.push_back([this, to, index, walk] {
+                                      fill(to, index, walk);
+                                      ctas_[to].stage_full[index].complete(8);
+                                  });
+                              }
+                          });
+                position.ring.advance();
             }
-            for (int k = 0; k < task.k_blocks; ++k) {
-                if (k < kStages) when_wgrad_gone(agent, cta, position, uses, position.ring.index);
-                load_operands(agent, cta, position, uses);
+            const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
+            for (int stage = 0; stage < outputs; ++stage) {
+                const OutputPlace place = next_output(position, task.gemm, stage);
+                const bool spare = place.index == kSpare;
+                const long content = spare ? 1000000 + spare_uses : walk;
+                const int lap = static_cast<int>(spare ? spare_uses : walk / kStages);
+                (spare ? spare_uses : walk) += 1;
+                when_free(agent, cta, place.index, place.parity, lap, [this, cta, place, content] {
+                    ctas_[cta].stage_full[place.index].expect(48);
+                    transfers_.push_back([this, cta, place, content] {
+                        fill(cta, place.index, content);
+                        ctas_[cta].stage_full[place.index].complete(48);
+                    });
+                });
             }
-            grant_outputs(agent, cta, position, uses, task);
         }
         take_unit(agent, cta, cursor, static_cast<int>(work_.tasks.size()));
     }
 
     void hand_back(int cta, int index, int count) {
         ctas_[cta].memory[index].readers -= count;
-        if (!is_shared(index)) {
+        if (index == kSpare) {
             ctas_[cta].stage_free[index].arrive(count);
         } else {
-            // Each arrival goes its own way: one of the next lap may overtake it.
-            for (Cta& to : ctas_) {
-                for (int i = 0; i < count; ++i) transfers_.push_back([&to, index] { to.stage_free[index].arrive(1); });
-            }
+            for (Cta& to : ctas_) to.stage_free[index].arrive(count);
         }
-    }
-
-    // A math warp is done with a stage, or half of one.
-    void done(int cta, int index, bool is_half) {
-        if (!is_half) return hand_back(cta, index, 1);
-        --ctas_[cta].half[index].readers;
-        for (Cta& to : ctas_) transfers_.push_back([&to, index] { to.half_free[index].arrive(1); });
     }
 
     void check(int cta, int index, long content) {
@@ -369,38 +271,30 @@ private:
         Agent& agent = agents_.emplace_back();
         Position position;
         UnitCursor cursor;
-        Uses uses;
+        long walk = 0, spare_uses = 0;
         for (size_t number = 0; number < work_.tasks.size(); ++number) {
             const Task& task = work_.tasks[number];
             take_unit(agent, cta, cursor, static_cast<int>(number));
-            const bool works = task.works[cta][warpgroup], is_wgrad = task.gemm == Gemm::kWgrad;
+            const bool works = task.works[cta][warpgroup];
             int previous = -1;
-            for (int k = 0; k < (is_wgrad ? 2 : 1) * task.k_blocks; ++k) {
-                const int index = is_wgrad ? position.halves.index : position.ring.index;
-                if (is_wgrad) {
-                    const long content = uses.halves++;
-                    wait(agent, ctas_[cta].half_full[index], position.halves.parity,
-                         static_cast<int>(content / kHalves), [this, cta, index, content] {
-                             if (ctas_[cta].half[index].content != content) fail("half a stage holds something else");
-                         });
-                    position.halves.advance();
-                } else {
-                    const auto [walk, lap] = uses.next(index);
-                    wait(agent, ctas_[cta].stage_full[index], position.ring.parity, lap,
-                         [this, cta, index, walk] { check(cta, index, walk); });
-                    position.ring.advance();
-                }
+            for (int k = 0; k < task.k_blocks; ++k, ++walk) {
+                const int index = position.ring.index;
+                wait(agent, ctas_[cta].stage_full[index], position.ring.parity, static_cast<int>(walk / kStages),
+                     [this, cta, index, walk] { check(cta, index, walk); });
                 // A working warp hands a stage back when the step after it has been issued.
                 if (!works) previous = index;
-                if (previous >= 0) act(agent, [this, cta, previous, is_wgrad] { done(cta, previous, is_wgrad); });
+                if (previous >= 0) act(agent, [this, cta, previous] { hand_back(cta, previous, 1); });
                 previous = works ? index : -1;
+                position.ring.advance();
             }
-            if (previous >= 0) act(agent, [this, cta, previous, is_wgrad] { done(cta, previous, is_wgrad); });
+            if (previous >= 0) act(agent, [this, cta, previous] { hand_back(cta, previous, 1); });
             const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
             for (int stage = 0; stage < outputs; ++stage) {
                 const OutputPlace place = next_output(position, task.gemm, stage);
-                const bool sends = works && stage < task.chunks[cta];
-                const auto [content, lap] = uses.next(place.index);
+                const bool spare = place.index == kSpare, sends = works && stage < task.chunks[cta];
+                const long content = spare ? 1000000 + spare_uses : walk;
+                const int lap = static_cast<int>(spare ? spare_uses : walk / kStages);
+                (spare ? spare_uses : walk) += 1;
                 wait(agent, ctas_[cta].stage_full[place.index], place.parity, lap,
                      [this, cta, place, content, sends, warpgroup] {
                          check(cta, place.index, content);
@@ -420,15 +314,13 @@ private:
         Position position;
         UnitCursor cursor;
         unsigned laps[kMathWarpgroups] = {};
-        int sent[kMathWarpgroups][kPlaces] = {};
-        Uses uses;
+        int uses[kMathWarpgroups][kStages + 1] = {};
+        long walk = 0, spare_uses = 0;
         for (size_t number = 0; number < work_.tasks.size(); ++number) {
             const Task& task = work_.tasks[number];
             take_unit(agent, cta, cursor, static_cast<int>(number));
-            if (task.gemm != Gemm::kWgrad) {
-                position.ring.skip(task.k_blocks);
-                uses.walk += task.k_blocks;
-            }
+            position.ring.skip(task.k_blocks);
+            walk += task.k_blocks;
             const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
             const auto back = [&](OutputPlace place, int working) {
                 act(agent, [this, cta, place, working] { hand_back(cta, place.index, working * kWarpgroupWarps); });
@@ -437,14 +329,16 @@ private:
             int handed = 0;
             for (int stage = 0; stage < outputs; ++stage) {
                 OutputPlace place = next_output(position, task.gemm, stage);
-                const long content = uses.next(place.index).content;
+                const bool spare = place.index == kSpare;
+                const long content = spare ? 1000000 + spare_uses : walk;
+                (spare ? spare_uses : walk) += 1;
                 if (stage >= task.chunks[cta]) continue;
                 int working = 0;
                 for (int w = 0; w < kMathWarpgroups; ++w) {
                     if (!task.works[cta][w]) continue;
                     ++working;
                     wait(agent, ctas_[cta].output_full[w][place.index], laps[w] >> place.index & 1,
-                         sent[w][place.index]++, [this, cta, place, content] { check(cta, place.index, content); });
+                         uses[w][place.index]++, [this, cta, place, content] { check(cta, place.index, content); });
                     laps[w] ^= 1u << place.index;
                 }
                 if (working == 0) continue;
@@ -480,12 +374,10 @@ Case random_case(std::mt19937& random, int units) {
     while (static_cast<int>(work.tasks.size()) < units) {
         const Gemm gemm = static_cast<Gemm>(random() % 5);
         const bool is_wgrad = gemm == Gemm::kWgrad;
-        const int n_extent =
-            is_wgrad ? 64 * (1 + static_cast<int>(random() % 12)) : 128 * (1 + static_cast<int>(random() % 6));
+        const int n_extent = 128 * (1 + static_cast<int>(random() % 6));
         const int n_tiles = ceil_div(n_extent, tile_columns(gemm));
-        const int m_rows = is_wgrad ? 64 * (1 + static_cast<int>(random() % 8)) : 1 + static_cast<int>(random() % 700);
-        const int most = random() % 2 ? 7 : 24;
-        const int k_blocks = is_wgrad ? static_cast<int>(random() % most) : kStages + static_cast<int>(random() % 6);
+        const int m_rows = is_wgrad ? 256 : 1 + static_cast<int>(random() % 700);
+        const int k_blocks = is_wgrad ? static_cast<int>(random() % 7) : 1 + static_cast<int>(random() % 9);
         for (int i = 0; i < num_units(m_rows, n_tiles); ++i) {
             if (random() % 3 == 0) continue;  // another cluster has it
             Task task{gemm, n_extent, unit_at(m_rows, n_tiles, i), k_blocks, random() % 2 == 0, {}, {}};

@@ -75,8 +75,6 @@ def products() -> None:
     with at_once():
         for accumulate in (True, False):
             assert_products(GemmCase([70, 0, 200], seed=int(accumulate), **shape), accumulate)
-            # More steps than a wgrad takes before it asks for what it adds to.
-            assert_wgrad(GemmCase([700, 60], **shape), list(torch.ones(2, 192, shape["hidden"])))
         for out in (64, 384):
             assert_wgrad(GemmCase([70, 0, 200], **shape), list(torch.ones(3, out, shape["hidden"])))
 

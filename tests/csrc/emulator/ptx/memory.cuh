@@ -45,8 +45,6 @@ inline int load_int(const int* address) { return *address; }
 inline float load_float(const float* address) { return *address; }
 inline uint4 load_v4(const void* address) { return *static_cast<const uint4*>(address); }
 inline uint4 load_v4_once(const void* address) { return load_v4(address); }
-inline float2 load_v2_once(const float* address) { return {address[0], address[1]}; }
-inline void store_v2(float* address, float v0, float v1) { address[0] = v0, address[1] = v1; }
 inline void store_v4(void* address, uint4 v) { *static_cast<uint4*>(address) = v; }
 inline void prefetch_l2(const void*) {}
 }  // namespace megamoe::ptx
