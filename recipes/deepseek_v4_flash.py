@@ -33,7 +33,7 @@ def deepseek_v4_flash_proxy_1gpu_h100_bf16(world: World) -> Recipe:
 
 def deepseek_v4_flash_proxy_2gpu_h100_bf16(world: World) -> Recipe:
     """3 layers of 64 experts on 2 GPUs, EP = 2."""
-    ran = "2x H200 141GB, 200 steps"
+    ran = "2x H200 141GB, 200 steps (learning rate 2.7e-4)"
     return _proxy("deepseek_v4_flash_proxy_2gpu_h100_bf16", world, layers=3, experts=64, ran=ran)
 
 
@@ -80,7 +80,7 @@ def _proxy(name: str, world: World, *, layers: int, experts: int, ran: str = "")
         ),
         most_ranks=2,
         has_run=ran,
-        notes=(*v4.PROXY_NOTES, f"has run {h100.H200_ONLY.format(ran)}" if ran else h100.NEVER_RUN),
+        notes=(*v4.PROXY_NOTES, h100.run_note(ran)),
         stand_ins=v4.stand_ins(world)[:4],
         env=h100.ENV,
         for_h100=True,

@@ -7,7 +7,6 @@ from megamoe_train.recipes.base import World
 
 EXPERT_PARALLEL = 8  # one NVLink domain: the experts of a layer lie on the GPUs of one node
 NEVER_RUN = "never run at this scale: values and layout are checked by parsing and by the memory model alone"
-H200_ONLY = "on {}; on H100s never, what fits there is the memory model's word"
 
 # Stream order that Megatron's overlapped communication relies on.
 ENV = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -60,6 +59,11 @@ RUN = {
     "exit-signal-handler": True,
     "distributed-timeout-minutes": 30,
 }
+
+
+def run_note(has_run: str) -> str:
+    """What a recipe says of its runs. has_run: as Recipe's, of runs on H200s."""
+    return f"has run on {has_run}; on H100s never, what fits there is the memory model's word" if has_run else NEVER_RUN
 
 
 def implementation(world: World) -> dict[str, Any]:

@@ -25,9 +25,7 @@ def dispatchers(bench) -> dict:
     from ..megatron.dispatcher import MegaMoETokenDispatcher
     from ..staged import Staged
 
-    if not dist.is_initialized():  # one rank: Megatron wants a group of it
-        here = torch.device("cuda", torch.cuda.current_device())
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=here)
+    ranks.join_alone()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(expert_model_parallel_size=bench.size)
     groups = get_default_pg_collection()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from . import ranks
 from .layer_load import Routing, Shape, Weights
 
 
@@ -41,9 +41,7 @@ class MegatronLayer:
         from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        if not dist.is_initialized():  # Megatron asks for groups also with one rank
-            store = dist.HashStore()
-            dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+        ranks.join_alone()
         parallel_state.initialize_model_parallel(
             expert_model_parallel_size=shape.ranks, create_gloo_process_groups=False
         )

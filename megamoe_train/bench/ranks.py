@@ -48,6 +48,12 @@ def _call(device: int, rank: int, ranks: int, store: dist.Store | None, function
     dist.destroy_process_group()
 
 
+def join_alone() -> None:
+    """A group of one where `run` joined none: Megatron asks for groups with one rank too."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+
+
 def group() -> dist.ProcessGroup | None:
     """The group of the processes that `run` joined; None where there is one."""
     return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
