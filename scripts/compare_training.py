@@ -248,6 +248,8 @@ def main() -> int:
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     parser.add_argument("--gradients-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.only == "gradients" and (options.again or options.fixed_rows):
+        parser.error("--again and --fixed-rows are curves: not with --only gradients")
     if options.rank:
         status = rank(json.loads(options.rank))
         sys.stdout.flush()

@@ -80,6 +80,12 @@ def test_gradients_of_a_training_in_fp32_are_not_judged(tmp_path):
     assert status == 2 and not (tmp_path / "g").exists()
 
 
+@pytest.mark.parametrize("curve", [["--again"], ["--fixed-rows", "1024"]], ids=str)
+def test_a_curve_beside_gradients_alone_is_refused(tmp_path, curve, capfd):
+    status, _ = run_script("compare_training.py", *options(tmp_path / "g", "--only", "gradients", *curve))
+    assert status == 2 and "not with --only gradients" in capfd.readouterr().err and not (tmp_path / "g").exists()
+
+
 def test_errors_are_relative_to_the_truth():
     truth = {"a": torch.tensor([3.0, -4.0]), "none": torch.zeros(2), "b": torch.zeros(1)}
     found = training_gradients.errors_of(
