@@ -12,11 +12,23 @@ __global__ void hold_kernel(volatile int* held, volatile int* release, unsigned 
     } while (*release == 0 && now - start < nanoseconds);
 }
 
-extern "C" int hold(int sms, void* held, void* release, unsigned long long nanoseconds, void* stream) {
+// cluster_size 2 holds SMs by pairs, so that the free ones are pairs that a cluster of two fits on.
+extern "C" int hold(int sms, int cluster_size, void* held, void* release, unsigned long long nanoseconds,
+                    void* stream) {
     constexpr int kBytes = 227 * 1024;
     cudaError_t error = cudaFuncSetAttribute(hold_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (error != cudaSuccess) return error;
-    hold_kernel<<<sms, 32, kBytes, static_cast<cudaStream_t>(stream)>>>(static_cast<int*>(held),
-                                                                        static_cast<int*>(release), nanoseconds);
-    return cudaGetLastError();
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = cluster_size;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(sms);
+    config.blockDim = dim3(32);
+    config.dynamicSmemBytes = kBytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, hold_kernel, static_cast<volatile int*>(held),
+                              static_cast<volatile int*>(release), nanoseconds);
 }

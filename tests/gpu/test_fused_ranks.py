@@ -8,6 +8,7 @@ from megamoe_train import MegaMoE, MegaMoEConfig, Workspace, WorkspaceShape
 from megamoe_train.bench import ranks as processes
 from megamoe_train.functional import moe
 from megamoe_train.fused_plan import FusedPlan
+from tests.gpu import hold
 from tests.gpu.fused_run import shape_of
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
 from tests.gpu.leaves import Leaves, MainGrads, assert_plain_passes, plain_passes
@@ -46,7 +47,7 @@ def step(layer: Layer, space: Workspace, **options) -> RankResult:
     grads = {id(w): torch.zeros(w.shape, device="cuda") for w in [*leaves.fc1, *leaves.fc2]}
     leaves.run(group=dist.group.WORLD, workspace=space, wgrad_sink=MainGrads(grads), **options)
     dfc1, dfc2 = ([grads[id(w)] for w in kind] for kind in (leaves.fc1, leaves.fc2))
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().synchronize()
     return RankResult(leaves.y.detach(), None, leaves.x.grad, leaves.p.grad, dfc1, dfc2)
 
 
@@ -69,6 +70,21 @@ def _workloads() -> None:
             if rank == late:
                 torch.cuda._sleep(DELAY)
             assert same(step(layer, space, recompute="fc1" if late else None), first), f"{case}, rank {late} late"
+        space.close()
+
+
+def _held() -> None:
+    """Another stream's kernel holds all SMs but those of one cluster, on both GPUs: the same bits."""
+    hold.library()
+    for case in CASES[:2]:
+        layer = Layer(case)
+        space = Workspace.create(shape_of(layer), group=dist.group.WORLD, deadline_s=5.0)
+        first = step(layer, space)
+        torch.cuda.synchronize()
+        dist.barrier()
+        with hold.all_but(2, cluster_size=2):
+            held = step(layer, space)
+        assert same(held, first), str(case)
         space.close()
 
 
@@ -215,7 +231,7 @@ def _training() -> None:
 
 CHECKS = {
     check.__name__: check
-    for check in (_workloads, _overflow, _plain, _bad_ids, _refusals, _uneven_needs, _pipeline_order, _training)
+    for check in (_workloads, _held, _overflow, _plain, _bad_ids, _refusals, _uneven_needs, _pipeline_order, _training)
 }
 
 

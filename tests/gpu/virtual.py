@@ -54,7 +54,9 @@ class Ranks:
         return torch.cuda.Stream()
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize()
+        """Waits for what the ranks were given, not for other streams of the GPU."""
+        for stream in [torch.cuda.current_stream(), *(self.streams or [])]:
+            stream.synchronize()
 
     def delay(self, rank: int) -> None:
         """What this rank is given next starts late."""
@@ -203,18 +205,29 @@ def assert_same(plan: ops_plan.DevicePlan, twin: RoutingPlan) -> None:
 
 def run_layer(ranks: Ranks, data: Data, late: int, **options) -> None:
     """Plan, forward and backward of one layer with one rank late: every result exact."""
+    check_layer(data, *move_layer(ranks, data, late, **options))
+
+
+def move_layer(ranks: Ranks, data: Data, late: int | None = None, **options) -> tuple:
+    """As run_layer, without the comparison: the plans and all that was moved, for check_layer."""
     plans = data.plans(ranks)
     pools, values = data.padded(plans[0].capacity)
     ranks.synchronize()
-    ranks.delay(late)
+    if late is not None:
+        ranks.delay(late)
     first = ranks.dispatch(plans, data.xs, data.ps, **options)
     y = ranks.combine(plans, pools, **options)
     second = ranks.dispatch(plans, data.xs, data.ps, buffer=1, backward=True, **options)
     third = ranks.dispatch(plans, data.xs, data.ps, buffer=0, backward=True, **options)
     last = ranks.combine(plans, pools, values, backward=True, **options)
     ranks.synchronize()
+    return plans, y, (first, second, third), last
+
+
+def check_layer(data: Data, plans, y, dispatches, last) -> None:
+    """Every result of move_layer, exactly."""
     for plan, twin in zip(plans, data.twins, strict=True):
         assert_same(plan, twin)
-    for dispatched in (first, second, third):
+    for dispatched in dispatches:
         data.check(dispatched, last)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(y, last, strict=True))
