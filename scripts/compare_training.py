@@ -69,17 +69,17 @@ def one_run(
             raise RuntimeError(f"{out} holds a run of another kind; take another --out")
         print(f"{name}: as it stands in {record}", flush=True)
         return kept["run"]
-    command, environment = trainings.torchrun(ranks, "compare_training.py", "--rank", json.dumps(case))
     print(f"{name}: {dispatcher}, {options.steps} steps on {ranks} ranks", flush=True)
-    done = subprocess.run(command, env=environment, cwd=trainings.ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} ended with status {done.returncode}:\n{done.stdout[-3000:]}")
+    job = trainings.start_ranks(ranks, "compare_training.py", "--rank", json.dumps(case), stdout=subprocess.PIPE)
+    output, _ = job.communicate()
+    if job.returncode:
+        raise RuntimeError(f"{name} ended with status {job.returncode}:\n{output[-3000:]}")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     if len(steps) != options.steps:
         raise RuntimeError(f"{name}: {len(steps)} steps of {options.steps} were recorded")
     memory = [json.loads(path.read_text()) for path in sorted((out / "logs").glob("memory-rank*.json"))]
-    said = next(line for line in done.stdout.splitlines() if line.startswith("moe dispatcher "))
+    said = next(line for line in output.splitlines() if line.startswith("moe dispatcher "))
     run = {"name": name, "dispatcher": said.removeprefix("moe dispatcher "), "steps": steps, "memory": memory}
     record.write_text(json.dumps({"case": case, "run": run}))
     return run
@@ -250,6 +250,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.only == "gradients" and (options.again or options.fixed_rows):
         parser.error("--again and --fixed-rows are curves: not with --only gradients")
+    if options.rank or options.gradients_of:
+        trainings.die_with_parent()
     if options.rank:
         status = rank(json.loads(options.rank))
         sys.stdout.flush()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import os
 import subprocess
@@ -154,6 +155,12 @@ class Answers:
         return len(self.found)
 
 
+def variables() -> dict[str, str]:
+    """Of a worker's environment: what Megatron asks for, and what --deterministic-mode does."""
+    wanted = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
 def run_rows(
     names: list[str], ranks: int, folder: Path, tell: Callable[[dict], None], *options: str
 ) -> dict[str, dict]:
@@ -163,20 +170,15 @@ def run_rows(
     while left:
         log = folder / f"worker-{len(answers.found)}.log"
         given = ("--work", json.dumps(left), "--answers", str(answers.path), *options)
-        command, environment = trainings.torchrun(ranks, "gpu_matrix.py", *given)
-        environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        environment.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-        environment.setdefault("NCCL_ALGO", "Ring")  # --deterministic-mode asks for this and the next
-        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with log.open("w") as output:
-            worker = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=trainings.ROOT
+            worker = trainings.start_ranks(
+                ranks, "gpu_matrix.py", *given, variables=variables(), stdout=output, stderr=subprocess.STDOUT
             )
             status = _wait(worker, answers, ROW_SECONDS)
         answers.read()
         left = [name for name in left if name not in answers.found]
         if left:  # the first of them broke the worker
-            answers.add({"row": left[0], "failed": _why(log, status), "log": str(log)})
+            answers.add({"row": left[0], "failed": _why(log, status), "log": str(log), "end": _end(log)})
             left = left[1:]
     return answers.found
 
@@ -200,11 +202,20 @@ def _wait(worker: subprocess.Popen, answers: Answers, seconds: float) -> str:
 
 
 def _why(log: Path, status: str) -> str:
-    """The last error that a rank printed."""
+    """The last error that a rank printed, with the next line where its own says nothing ("Last error:")."""
     kinds = ("Error:", "Exception:", "Timeout:", "error:")
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    errors = [line for line in lines if any(kind in line for kind in kinds) and "ChildFailedError" not in line]
+    errors = [
+        f"{line} {following}" if line.endswith(":") else line
+        for line, following in itertools.pairwise([*lines, ""])
+        if any(kind in line for kind in kinds) and "ChildFailedError" not in line
+    ]
     return f"{status}; {errors[-1] if errors else 'no error was printed'}"[:300]
+
+
+def _end(log: Path, lines: int = 60) -> list[str]:
+    """The end of a log, for a table that outlives it."""
+    return log.read_text(errors="replace").splitlines()[-lines:]
 
 
 def state_of(answer: dict, limits: tuple[float, float]) -> str:
@@ -255,6 +266,7 @@ def main() -> int:
     parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
+        trainings.die_with_parent()
         work(json.loads(options.work), options.backend, options.noise_runs, options.answers)
         return 0
     try:

@@ -1,4 +1,5 @@
-"""Rows of gpu_matrix.py that stop and go on: checkpoints from one dispatcher to the other, resumed, killed.
+"""Rows of gpu_matrix.py that stop and go on: checkpoints from one dispatcher to the other, resumed, killed; and one
+that compares the two sizings of megamoe, to the bit.
 
 Each is the training command as users start it, on a small model and a small text, under --deterministic-mode with
 NCCL_ALGO=Ring. One whole run of each dispatcher is what the others are compared with: it saves at every fourth step.
@@ -21,6 +22,7 @@ from tests import pretrain_runs
 STEPS, EVERY = 12, 4
 FROM = 8  # the checkpoint that others go on from
 KILLED = 6  # the step after which ranks are killed
+CAPACITY = 1024  # rows that hold any routing of the small model's 256 tokens, top-2, eight experts on two ranks
 
 
 class Differs(Exception):
@@ -119,6 +121,13 @@ def killed_in_a_save(place: Place) -> str:
     return _killed(place, name, pretrain_runs.kill_while_saving(place.folder / name, FROM))
 
 
+def fixed_rows(place: Place) -> str:
+    """Sizing decides how much room there is, not what is computed."""
+    whole = place.whole("megamoe")
+    place.train("fixed rows", "megamoe", megamoe_sizing="fixed", megamoe_capacity=CAPACITY)
+    return _same(place, whole, "fixed rows", f"pools of {CAPACITY} rows, high water")
+
+
 def _killed(place: Place, name: str, on_line: Callable) -> str:
     from megamoe_train.training import checkpointing
 
@@ -160,6 +169,7 @@ ROWS: dict[str, Callable[[Place], str]] = {
     "checkpoint: saved with alltoall, loaded with megamoe": functools.partial(across, "alltoall", "megamoe"),
     "checkpoint: saved with megamoe, loaded with alltoall": functools.partial(across, "megamoe", "alltoall"),
     "checkpoint: EP=2 -> EP=1": fewer_ranks,
+    "fixed rows, high water: the same bits (deterministic mode)": fixed_rows,
 }
 
 

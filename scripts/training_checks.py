@@ -33,15 +33,18 @@ def launch(case: dict, ranks: int, folder: Path, env: dict[str, str]) -> dict:
     """Trains all of `case["runs"]`; losses and errors of each. Raises RuntimeError."""
     folder.mkdir(parents=True)
     case |= {"out": str(folder), "answers": str(folder / "answers.json")}
-    command, environment = trainings.torchrun(ranks, "compare_training.py", "--gradients-of", json.dumps(case))
-    # What is fp32 has to be fp32: this switch reaches the products of TransformerEngine too.
-    environment = env | environment | {"NVIDIA_TF32_OVERRIDE": "0"}
     print(f"gradients: {', '.join(run['name'] for run in case['runs'])} on {ranks} ranks", flush=True)
     log = folder / "ranks.log"
+    # What is fp32 has to be fp32: this switch reaches the products of TransformerEngine too.
+    env = env | {"NVIDIA_TF32_OVERRIDE": "0"}
     with log.open("w") as file:
-        done = subprocess.run(command, env=environment, cwd=trainings.ROOT, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"gradients ended with status {done.returncode}:\n{log.read_text()[-3000:]}")
+        given = "--gradients-of", json.dumps(case)
+        job = trainings.start_ranks(
+            ranks, "compare_training.py", *given, variables=env, stdout=file, stderr=subprocess.STDOUT
+        )
+        job.wait()
+    if job.returncode:
+        raise RuntimeError(f"gradients ended with status {job.returncode}:\n{log.read_text()[-3000:]}")
     return json.loads(Path(case["answers"]).read_text())
 
 

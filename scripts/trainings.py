@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import signal
+import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def torchrun(ranks: int, script: str, *options: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment that run a script of this folder as `ranks` ranks on this machine."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """From here on this process is killed when its parent ends, however that ends.
+
+    For the launcher of a training and its ranks: each rank has a session of its own, so that nothing else would take
+    it along, and it would hold its GPU.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def start_ranks(
+    ranks: int, script: str, *options: str, variables: Mapping[str, str] | None = None, **streams
+) -> subprocess.Popen:
+    """Runs a script of this folder as `ranks` ranks on this machine; text on its streams.
+
+    variables: of the environment, over those of this process. streams: as Popen takes them. Ranks call
+    die_with_parent.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    return [*command, str(ROOT / "scripts" / script), *options], environment
+    return subprocess.Popen([*command, str(ROOT / "scripts" / script), *options], env=environment | (variables or {}),
+                            cwd=ROOT, text=True, preexec_fn=die_with_parent, **streams)  # fmt: skip
 
 
 def pretrain_once(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -50,6 +53,27 @@ def test_two_trainings_are_compared_and_drawn(tmp_path):
     more = json.loads((tmp_path / "c" / "compare.json").read_text())["curves"]
     assert more["losses"]["megamoe, fixed rows"] == more["losses"]["megamoe"] == curves["losses"]["megamoe"]
     assert more["losses"]["alltoall again"] == curves["losses"]["alltoall"]  # on the CPU nothing is left to chance
+
+
+def test_nothing_outlives_a_killed_script(tmp_path):
+    """Ranks have sessions of their own, and would hold their GPUs."""
+    out = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "scripts" / "compare_training.py"), "--only", "curves", "--steps", "10000"]
+
+    def ours() -> list[psutil.Process]:
+        return [one for one in psutil.process_iter(["cmdline"]) if str(out) in " ".join(one.info["cmdline"] or ())]
+
+    with subprocess.Popen([*command, *options(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as script:
+        limit = time.monotonic() + 120
+        while not (out / "alltoall" / "metrics.jsonl").exists():
+            assert script.poll() is None and time.monotonic() < limit, "no step was made"
+            time.sleep(0.2)
+        assert len(ours()) == 4  # the script, its launcher, two ranks
+        script.kill()
+    limit = time.monotonic() + 10
+    while left := ours():
+        assert time.monotonic() < limit, left
+        time.sleep(0.1)
 
 
 def test_gradients_keep_the_2x_rule_and_every_fault_breaks_it(tmp_path):

@@ -84,7 +84,7 @@ for name in left:
 def test_rows_are_chosen_by_name_and_by_pattern():
     everything = gpu_matrix.chosen(None)
     assert set(everything) == set(matrix_rows.ROWS) | set(matrix_checkpoints.ROWS)
-    assert gpu_matrix.chosen(["checkpoint*"]) == list(matrix_checkpoints.ROWS)
+    assert gpu_matrix.chosen(["checkpoint*", "fixed rows*"]) == list(matrix_checkpoints.ROWS)
     assert gpu_matrix.chosen(["MTP", "EP=2"]) == ["EP=2", "MTP"]
     with pytest.raises(ValueError, match="unknown row: EP=3"):
         gpu_matrix.chosen(["EP=2", "EP=3"])
@@ -198,3 +198,27 @@ def test_what_becomes_of_a_killed_run(runs, state, said, tmp_path, monkeypatch):
     name = "checkpoint: megamoe, kill -9 in a save, bitwise (deterministic mode)"
     answer = matrix_checkpoints.run_row(name, place)
     assert answer["state"] == state and said in answer["said"], answer
+
+
+@pytest.mark.parametrize(("step_9", "state"), [({}, "ran"), ({"loss": 0.1111}, "differs")])
+def test_the_sizings_have_to_agree_to_the_bit(step_9, state, tmp_path, monkeypatch):
+    runs = Runs(WHOLE, ({9: step_9}, 0, ""))
+    monkeypatch.setattr(pretrain_runs, "run", runs)
+    place = matrix_checkpoints.Place(tmp_path, "reference", False, (2e-6, 1e-3))
+    answer = matrix_checkpoints.run_row("fixed rows, high water: the same bits (deterministic mode)", place)
+    assert answer["state"] == state, answer
+    assert "--set=megamoe-sizing=fixed" in runs.options[1] and "--set=megamoe-capacity=1024" in runs.options[1]
+    assert all("--set=deterministic-mode=true" in options for options in runs.options)
+
+
+def test_why_a_worker_broke(tmp_path):
+    log = tmp_path / "worker.log"
+    log.write_text(
+        "ValueError: first\nsome frame\n[rank1]: Last error:\n[rank1]: Cuda failure 2 'out of memory'\nbye\n"
+    )
+    assert gpu_matrix._why(log, "exit status 1") == (
+        "exit status 1; [rank1]: Last error: [rank1]: Cuda failure 2 'out of memory'"
+    )
+    assert gpu_matrix._end(log, 2) == ["[rank1]: Cuda failure 2 'out of memory'", "bye"]
+    log.write_text("done\n")
+    assert gpu_matrix._why(log, "no answer for 9 s") == "no answer for 9 s; no error was printed"

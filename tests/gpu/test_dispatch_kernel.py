@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megamoe_train import reference
-from tests.gpu.virtual import Data, Load, Ranks, run_layer
+from tests.gpu.virtual import Data, Load, Ranks, check_layer, give_layer, run_layer
 
 pytestmark = pytest.mark.gpu
 
@@ -62,3 +62,32 @@ def test_a_layer_on_streams_with_skew(load, hidden):
     ranks = Ranks(load, hidden, streams=True)
     for seed in range(3):
         run_layer(ranks, Data(load, hidden, seed), late=seed % load.ranks, num_sms=max(1, 96 // load.ranks))
+
+
+@pytest.mark.parametrize("load, hidden", [CASES[0], CASES[2], CASES[4], CASES[6]], ids=str)
+def test_all_ranks_in_one_launch(load, hidden):
+    """Plans, forward and backward of all ranks as one graph; replayed with other routings and rows: exact each time."""
+    ranks = Ranks(load, hidden, streams=True)
+    options = {"num_sms": max(1, 96 // load.ranks)}
+    datas = [Data(load, hidden, seed) for seed in range(3)]
+    capacity = max(twin.num_rows for data in datas for twin in data.twins)
+    run_layer(ranks, datas[0], late=0, **options)  # a first launch loads kernels, which a capture may not
+
+    def tensors(data: Data) -> list:
+        return [[ids.cuda() for ids in data.ids], data.xs, data.ps, *data.padded(capacity)]
+
+    given = tensors(datas[0])
+
+    def layer() -> tuple:
+        plans = ranks.give_plans(given[0], [capacity] * load.ranks)
+        return plans, *give_layer(ranks, plans, *given[1:], **options)
+
+    graph, moved = ranks.in_one_launch(layer)
+    for data in datas:
+        for mine, theirs in zip(given, tensors(data), strict=True):
+            for one, other in zip(mine, theirs, strict=True):
+                one.copy_(other)
+        with ranks.workspaces[0].guard.watch():
+            graph.replay()
+            torch.cuda.synchronize()
+        check_layer(data, *moved)

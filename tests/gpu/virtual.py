@@ -6,7 +6,9 @@ tests/csrc/emulator runs the same on the CPU; nothing here but `Ranks` names a d
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from megamoe_train.workspace import Shape, Workspace
 from tests.workloads import route
 
 DELAY = 20_000_000  # cycles, ~10 ms
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,26 @@ class Ranks:
         self.synchronize()
         if late is not None:
             self.delay(late)
+        return self.give_plans(ids, sizes)
+
+    def give_plans(self, ids: list[Tensor], sizes: list[int]) -> list[ops_plan.DevicePlan]:
+        """The steps of a plan with room for `sizes` rows; MAX_ROWS: the host waits for the verdicts."""
         plans = self.each(ops_plan.plan_count, self.workspaces, ids, sizes)
         self.each(ops_plan.plan_place, plans)
-        rows = [plan.settle() if sizing == "exact" else None for plan in plans]
+        rows = [plan.settle() if size == ops_plan.MAX_ROWS else None for plan, size in zip(plans, sizes, strict=True)]
         return self.each(ops_plan.plan_sources, plans, rows)
+
+    def in_one_launch(self, give: Callable[[], Given]) -> tuple[torch.cuda.CUDAGraph, Given]:
+        """A graph of all that `give` gives the ranks, each rank a branch, and what `give` returns. Not replayed yet."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            whole = torch.cuda.current_stream()
+            for stream in self.streams:
+                stream.wait_stream(whole)
+            given = give()
+            for stream in self.streams:
+                whole.wait_stream(stream)
+        return graph, given
 
     def run(self, transfers: list[ops_comm.Transfer]) -> None:
         for step in ("begin", "move", "finish"):
@@ -215,13 +234,19 @@ def move_layer(ranks: Ranks, data: Data, late: int | None = None, **options) -> 
     ranks.synchronize()
     if late is not None:
         ranks.delay(late)
-    first = ranks.dispatch(plans, data.xs, data.ps, **options)
-    y = ranks.combine(plans, pools, **options)
-    second = ranks.dispatch(plans, data.xs, data.ps, buffer=1, backward=True, **options)
-    third = ranks.dispatch(plans, data.xs, data.ps, buffer=0, backward=True, **options)
-    last = ranks.combine(plans, pools, values, backward=True, **options)
+    moved = give_layer(ranks, plans, data.xs, data.ps, pools, values, **options)
     ranks.synchronize()
-    return plans, y, (first, second, third), last
+    return plans, *moved
+
+
+def give_layer(ranks: Ranks, plans, xs, ps, pools, values, **options) -> tuple:
+    """The operations of a layer, forward and backward: y, what was dispatched, what was combined last."""
+    first = ranks.dispatch(plans, xs, ps, **options)
+    y = ranks.combine(plans, pools, **options)
+    second = ranks.dispatch(plans, xs, ps, buffer=1, backward=True, **options)
+    third = ranks.dispatch(plans, xs, ps, buffer=0, backward=True, **options)
+    last = ranks.combine(plans, pools, values, backward=True, **options)
+    return y, (first, second, third), last
 
 
 def check_layer(data: Data, plans, y, dispatches, last) -> None:
