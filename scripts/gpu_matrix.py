@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import itertools
 import json
 import os
 import subprocess
@@ -178,7 +177,8 @@ def run_rows(
         answers.read()
         left = [name for name in left if name not in answers.found]
         if left:  # the first of them broke the worker
-            answers.add({"row": left[0], "failed": _why(log, status), "log": str(log), "end": _end(log)})
+            why, around = _why(log, status)
+            answers.add({"row": left[0], "failed": why, "log": str(log), "lines": around})
             left = left[1:]
     return answers.found
 
@@ -201,21 +201,21 @@ def _wait(worker: subprocess.Popen, answers: Answers, seconds: float) -> str:
     return f"exit status {worker.returncode}"
 
 
-def _why(log: Path, status: str) -> str:
-    """The last error that a rank printed, with the next line where its own says nothing ("Last error:")."""
+def _why(log: Path, status: str) -> tuple[str, list[str]]:
+    """The last error that a rank printed, with the next line where its own says nothing ("Last error:"); and the lines
+    around it, for a table that outlives the log."""
     kinds = ("Error:", "Exception:", "Timeout:", "error:")
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     errors = [
-        f"{line} {following}" if line.endswith(":") else line
-        for line, following in itertools.pairwise([*lines, ""])
+        number
+        for number, line in enumerate(lines)
         if any(kind in line for kind in kinds) and "ChildFailedError" not in line
     ]
-    return f"{status}; {errors[-1] if errors else 'no error was printed'}"[:300]
-
-
-def _end(log: Path, lines: int = 60) -> list[str]:
-    """The end of a log, for a table that outlives it."""
-    return log.read_text(errors="replace").splitlines()[-lines:]
+    if not errors:
+        return f"{status}; no error was printed", lines[-40:]
+    last = errors[-1]
+    said = " ".join(lines[last : last + 2]) if lines[last].endswith(":") else lines[last]
+    return f"{status}; {said}"[:300], lines[max(0, last - 40) : last + 10]
 
 
 def state_of(answer: dict, limits: tuple[float, float]) -> str:

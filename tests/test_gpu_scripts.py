@@ -213,12 +213,10 @@ def test_the_sizings_have_to_agree_to_the_bit(step_9, state, tmp_path, monkeypat
 
 def test_why_a_worker_broke(tmp_path):
     log = tmp_path / "worker.log"
-    log.write_text(
-        "ValueError: first\nsome frame\n[rank1]: Last error:\n[rank1]: Cuda failure 2 'out of memory'\nbye\n"
-    )
-    assert gpu_matrix._why(log, "exit status 1") == (
-        "exit status 1; [rank1]: Last error: [rank1]: Cuda failure 2 'out of memory'"
-    )
-    assert gpu_matrix._end(log, 2) == ["[rank1]: Cuda failure 2 'out of memory'", "bye"]
+    nccl = ["[rank1]: Last error:", "[rank1]: Cuda failure 2 'out of memory'"]
+    log.write_text("\n".join(["ValueError: first", "some frame", *nccl, "bye", ""]))
+    why, around = gpu_matrix._why(log, "exit status 1")
+    assert why == "exit status 1; [rank1]: Last error: [rank1]: Cuda failure 2 'out of memory'"
+    assert around == ["ValueError: first", "some frame", *nccl, "bye"]
     log.write_text("done\n")
-    assert gpu_matrix._why(log, "no answer for 9 s") == "no answer for 9 s; no error was printed"
+    assert gpu_matrix._why(log, "no answer for 9 s") == ("no answer for 9 s; no error was printed", ["done"])

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m megamoe_train.bench gemm|layer`. Ours, honest baselines and cuBLAS, side by side."""
+"""Benchmarks: `python -m megamoe_train.bench TABLE`. Ours, honest baselines and cuBLAS, side by side."""

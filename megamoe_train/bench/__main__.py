@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import dispatch, fused, gemm, layer, trace
+from . import dispatch, energy, fused, gemm, layer, trace
 
 
 def commit() -> str:
@@ -38,6 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     layer.add_arguments(tables)
     fused.add_arguments(tables)
     trace.add_arguments(tables)
+    energy.add_arguments(tables)
     return parser.parse_args(argv)
 
 
@@ -55,6 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         rows = dispatch.run(args)
     elif args.table == "fused":
         rows = fused.table(args)
+    elif args.table == "energy":
+        try:
+            rows = energy.run(args)
+        except energy.NotRead as error:
+            print(error, file=sys.stderr)
+            return 2
     else:
         rows = gemm.run(args.shapes, args.groups, args.products, args.modes, args.iterations)
     if args.json:
