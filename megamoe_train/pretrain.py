@@ -9,6 +9,7 @@ flat lines of `key: value`; the command line wins over it, and it over the recip
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megamoe_train import recipes
 from megamoe_train.training import launch
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
     )
     # With --rdzv-id this is the launcher of one machine, though srun's variables are those of a rank.
     if not options.dry_run and (options.launched or not options.rdzv_id) and launch.adopt_rank():
-        return _be_a_rank(request, options)
+        _be_a_rank(request, options)
     try:
         return _launch(request, options, argv)
     except ValueError as error:
@@ -89,12 +90,12 @@ def main(argv: list[str]) -> int:
         return USER_ERROR
 
 
-def _be_a_rank(request: Request, options: argparse.Namespace) -> int:
+def _be_a_rank(request: Request, options: argparse.Namespace) -> NoReturn:
     from megamoe_train.training import job
 
     if options.launched:
         launch.follow_parent()
-    return job.run(request, verbose=options.verbose)
+    launch.leave(job.run(request, verbose=options.verbose))
 
 
 def _launch(request: Request, options: argparse.Namespace, argv: list[str]) -> int:

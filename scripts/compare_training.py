@@ -35,6 +35,7 @@ from statistics import median
 
 import training_checks
 import trainings
+from megamoe_train.training import launch
 from training_faults import FAULTS, replaced
 
 PROXY = "deepseek_v4_flash_proxy_{}gpu_h100_bf16"
@@ -253,10 +254,7 @@ def main() -> int:
     if options.rank or options.gradients_of:
         trainings.die_with_parent()
     if options.rank:
-        status = rank(json.loads(options.rank))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # the interpreter takes ten seconds to let go of a model of this size
+        launch.leave(rank(json.loads(options.rank)))
     if options.gradients_of:
         import training_gradients
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
@@ -12,10 +11,9 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from megamoe_train.training import launch
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
@@ -24,7 +22,7 @@ def die_with_parent() -> None:
     For the launcher of a training and its ranks: each rank has a session of its own, so that nothing else would take
     it along, and it would hold its GPU.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    launch.follow_parent(signal.SIGKILL)
 
 
 def start_ranks(

@@ -324,3 +324,20 @@ def test_train_local_dry_run_runs_nothing(fake_python):
     assert done.stdout.splitlines()[1:] == [
         f"would run: {fake_python} -m megamoe_train.pretrain --recipe other --verbose"
     ]
+
+
+def test_a_rank_leaves_at_once_and_says_so_to_who_has_asked():
+    """What it holds is not let go of by the interpreter: a model of tens of gigabytes takes it seconds."""
+    code = """
+import atexit
+from megamoe_train.training import launch
+class Model:
+    def __del__(self):
+        print("let go of")
+model = Model()
+atexit.register(print, "told")
+print("last words", end=" ")
+launch.leave(5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (5, "last words told\n")

@@ -158,7 +158,7 @@ def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.global_vars import set_global_variables
+    from megatron.training.global_vars import get_tensorboard_writer, set_global_variables
 
     from megamoe_train.training import data, model
     from megamoe_train.training.speed import Speed
@@ -190,6 +190,8 @@ def _train(job: Job, prepared: prepare.Prepared | None, console: Console, rank: 
             return int(leaving.code or 1)
         stopped = True
     console.end_progress()
+    if writer := get_tensorboard_writer():
+        writer.close()  # it keeps the last events for itself until then
     _record_memory(out, rank)
     watch.draw()
     if watch.speaks:

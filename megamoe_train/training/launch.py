@@ -4,6 +4,7 @@ Ctrl-C and SIGTERM reach the ranks as SIGTERM, once: Megatron then finishes the 
 torchrun's own handling would kill the ranks after 30 s, in the middle of a long save.
 """
 
+import atexit
 import ctypes
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import uuid
 from dataclasses import dataclass
+from typing import NoReturn
 
 CPU_RANKS = 2
 _MOST_THREADS = 8  # per rank: small matrices gain nothing from more
@@ -128,7 +130,19 @@ def _children() -> list:
     return psutil.Process().children()
 
 
-def follow_parent() -> None:
-    """Send this rank SIGTERM when the process that started it dies, so that no rank trains on unseen."""
+def follow_parent(number: int = signal.SIGTERM) -> None:
+    """Send this rank the signal `number` when the process that started it dies, so that no rank trains on unseen."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def leave(status: int) -> NoReturn:
+    """End this rank: who has asked to be told of its end (W&B, worker processes) is told, the system does the rest.
+
+    The interpreter takes ten seconds to let go of a large model, and NCCL's groups, which Megatron does not destroy,
+    may wait for peers that have left.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
