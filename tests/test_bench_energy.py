@@ -41,7 +41,7 @@ class Driver:
 
 
 class Event:
-    """Over after four questions."""
+    """Over at the fourth question."""
 
     def __init__(self):
         self.asked = 0
@@ -51,7 +51,7 @@ class Event:
 
     def query(self) -> bool:
         self.asked += 1
-        return self.asked > 4
+        return self.asked > 3
 
 
 @pytest.fixture(autouse=True)

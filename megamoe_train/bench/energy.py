@@ -97,7 +97,7 @@ def draw(run: Callable[[int], None], meter: Meter, seconds: float = SECONDS) -> 
     for i in range(launches):
         run(i)
     end.record()
-    while not end.query():
+    while not (clocks and end.query()):
         clocks.append(meter.sm_mhz())
         capped.append(meter.is_capped())
         time.sleep(0.02)
