@@ -28,6 +28,9 @@ import trainings
 from compare_training import moved_weights
 from matrix_rows import ROWS, STEPS, arguments_of, missing
 
+# Of a worker's environment: what --deterministic-mode asks for, and what Megatron's overlaps do.
+DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+ORDERED = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 ROW_SECONDS = 240  # for one row, both runs and its share of the start
 
 
@@ -154,12 +157,6 @@ class Answers:
         return len(self.found)
 
 
-def variables() -> dict[str, str]:
-    """Of a worker's environment: what Megatron asks for, and what --deterministic-mode does."""
-    wanted = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | {name: os.environ.get(name, value) for name, value in wanted.items()}
-
-
 def run_rows(
     names: list[str], ranks: int, folder: Path, tell: Callable[[dict], None], *options: str
 ) -> dict[str, dict]:
@@ -171,7 +168,13 @@ def run_rows(
         given = ("--work", json.dumps(left), "--answers", str(answers.path), *options)
         with log.open("w") as output:
             worker = trainings.start_ranks(
-                ranks, "gpu_matrix.py", *given, variables=variables(), stdout=output, stderr=subprocess.STDOUT
+                ranks,
+                "gpu_matrix.py",
+                *given,
+                defaults=DETERMINISTIC,
+                forced=ORDERED,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
             status = _wait(worker, answers, ROW_SECONDS)
         answers.read()

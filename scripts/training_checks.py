@@ -36,11 +36,11 @@ def launch(case: dict, ranks: int, folder: Path, env: dict[str, str]) -> dict:
     print(f"gradients: {', '.join(run['name'] for run in case['runs'])} on {ranks} ranks", flush=True)
     log = folder / "ranks.log"
     # What is fp32 has to be fp32: this switch reaches the products of TransformerEngine too.
-    env = env | {"NVIDIA_TF32_OVERRIDE": "0"}
+    forced = {"NVIDIA_TF32_OVERRIDE": "0"}
     with log.open("w") as file:
         given = "--gradients-of", json.dumps(case)
         job = trainings.start_ranks(
-            ranks, "compare_training.py", *given, variables=env, stdout=file, stderr=subprocess.STDOUT
+            ranks, "compare_training.py", *given, defaults=env, forced=forced, stdout=file, stderr=subprocess.STDOUT
         )
         job.wait()
     if job.returncode:

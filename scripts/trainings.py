@@ -26,18 +26,23 @@ def die_with_parent() -> None:
 
 
 def start_ranks(
-    ranks: int, script: str, *options: str, variables: Mapping[str, str] | None = None, **streams
+    ranks: int,
+    script: str,
+    *options: str,
+    defaults: Mapping[str, str] | None = None,
+    forced: Mapping[str, str] | None = None,
+    **streams,
 ) -> subprocess.Popen:
     """Runs a script of this folder as `ranks` ranks on this machine; text on its streams.
 
-    variables: of the environment, over those of this process. streams: as Popen takes them. Ranks call
-    die_with_parent.
+    defaults, forced: variables of the environment, where this process has none and over what it has. streams: as Popen
+    takes them. Ranks call die_with_parent.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    return subprocess.Popen([*command, str(ROOT / "scripts" / script), *options], env=environment | (variables or {}),
-                            cwd=ROOT, text=True, preexec_fn=die_with_parent, **streams)  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**(defaults or {}), "OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, **(forced or {})}
+    return subprocess.Popen([*command, str(ROOT / "scripts" / script), *options], env=environment, cwd=ROOT, text=True,
+                            preexec_fn=die_with_parent, **streams)  # fmt: skip
 
 
 def pretrain_once(

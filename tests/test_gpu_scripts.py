@@ -21,6 +21,7 @@ import gpu_matrix  # noqa: E402
 import matrix_checkpoints  # noqa: E402
 import matrix_memory  # noqa: E402
 import matrix_rows  # noqa: E402
+import trainings  # noqa: E402
 
 
 def test_the_matrix_says_what_ran_what_failed_and_what_did_not_run(tmp_path):
@@ -220,3 +221,16 @@ def test_why_a_worker_broke(tmp_path):
     assert around == ["ValueError: first", "some frame", *nccl, "bye"]
     log.write_text("done\n")
     assert gpu_matrix._why(log, "no answer for 9 s") == ("no answer for 9 s; no error was printed", ["done"])
+
+
+def test_what_ranks_find_in_their_environment(monkeypatch):
+    """The caller's own setting outweighs a default, and what is forced outweighs both."""
+    monkeypatch.setattr(trainings.subprocess, "Popen", lambda command, *, env, **_: (command, env))
+    for name, value in (("MINE", "caller"), ("FORCED", "caller"), ("OMP_NUM_THREADS", "3"), ("PYTHONPATH", "there")):
+        monkeypatch.setenv(name, value)
+    command, env = trainings.start_ranks(
+        2, "gpu_matrix.py", "--list", defaults={"MINE": "default", "OTHER": "default"}, forced={"FORCED": "ours"}
+    )
+    assert command[-2:] == [str(ROOT / "scripts" / "gpu_matrix.py"), "--list"]
+    assert (env["MINE"], env["OTHER"], env["FORCED"], env["OMP_NUM_THREADS"]) == ("caller", "default", "ours", "3")
+    assert env["PYTHONPATH"].split(":") == [str(ROOT), "there"]
