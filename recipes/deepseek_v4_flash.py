@@ -33,7 +33,7 @@ def deepseek_v4_flash_proxy_1gpu_h100_bf16(world: World) -> Recipe:
 
 def deepseek_v4_flash_proxy_2gpu_h100_bf16(world: World) -> Recipe:
     """3 layers of 64 experts on 2 GPUs, EP = 2."""
-    ran = "2x H200 141GB, 200 steps (learning rate 2.7e-4)"
+    ran = "2x H200 141GB, 200 steps"
     return _proxy("deepseek_v4_flash_proxy_2gpu_h100_bf16", world, layers=3, experts=64, ran=ran)
 
 

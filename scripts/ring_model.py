@@ -222,16 +222,19 @@ class Cta:
                 self.barrier("output", warpgroup, unit, output).arrive()
             mark("done")
 
-    def send(self, *sent: Barrier) -> Role:
+    def send(self, sent: Barrier) -> Role:
         yield self.tma.serve(BOX_BYTES / OUT)
         yield self.clock.after(SENT_LATENCY)
-        for barrier in sent:
-            barrier.arrive()
+        sent.arrive()
+
+    def hand_back(self, place: tuple[str, int], sent: Barrier, boxes: int) -> Role:
+        yield sent.reach(boxes)
+        self.barrier("free", *place).arrive(2)
 
     def storer(self) -> Role:
         """Stage by stage; where nothing is added a stage is handed back when the next is on its way."""
         for unit in range(self.units):
-            before: tuple[Barrier, int, Barrier] | None = None
+            on_the_way: list[Role] = []
             for output, parts in enumerate(self.design.parts):
                 sent = Barrier(self.clock)
                 for warpgroup in range(2):
@@ -242,14 +245,11 @@ class Cta:
                         if self.design.window and box >= self.design.window:
                             yield sent.reach(box - self.design.window + 1)
                         self.clock.start(self.send(sent))
-                now = (sent, 2 * parts, self.barrier("free", *self.place(unit, output)))
-                for stage, boxes, free in [now] if self.design.adds else [before] if before else []:
-                    yield stage.reach(boxes)
-                    free.arrive(2)
-                before = None if self.design.adds else now
-            if before:
-                yield before[0].reach(before[1])
-                before[2].arrive(2)
+                on_the_way.append(self.hand_back(self.place(unit, output), sent, 2 * parts))
+                if self.design.adds or len(on_the_way) == 2:
+                    yield from on_the_way.pop(0)
+            for stage in on_the_way:
+                yield from stage
             self.marks["storer", unit, "sent"] = self.clock.now
 
 

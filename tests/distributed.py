@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import multiprocessing
 import multiprocessing.connection
@@ -19,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GRACE_S = 2.0  # after the first failure, before the other ranks are ended
+from megamoe_train.training import launch
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+GRACE_S = 2.0  # after the first failure, before the other ranks are ended
 
 # Ranks are forked by one server per pytest run, which imports these once: seconds less a rank than importing in each.
 # A conftest may add modules, before the first call of run_ranks.
@@ -65,7 +64,7 @@ def _rank_main(
     fn: Callable, rank: int, world_size: int, args: tuple, backend: str, store: str, timeout: float,
     environment: dict, sender,
 ) -> None:  # fmt: skip
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives a killed pytest
+    launch.follow_parent(signal.SIGKILL)  # no rank outlives a killed pytest
     os.environ.clear()  # the server's environment is that of the first call, this one is the caller's
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -22,7 +22,6 @@ from .timing import CuBLAS
 SECONDS = 1.0  # of a measurement; the driver renews its count of energy every 20 to 100 ms
 SM_CLOCK = 1  # nvml.h: NVML_CLOCK_SM
 POWER_CAP = 0x4  # nvml.h: nvmlClocksEventReasonSwPowerCap
-DEVICE = ctypes.c_void_p
 
 
 class NotRead(RuntimeError):
@@ -38,7 +37,7 @@ class Meter:
         except OSError as error:
             raise NotRead(f"bench energy reads libnvidia-ml.so.1, which is not here: {error}") from error
         self._call("nvmlInit_v2")
-        self.device = DEVICE()
+        self.device = ctypes.c_void_p()
         uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
         self._call("nvmlDeviceGetHandleByUUID", uuid.encode(), ctypes.byref(self.device))
 

@@ -18,8 +18,8 @@ LIMIT_S = 20
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """hold.cu, built. `all_but` does it where nobody has; a rank that others wait for does it before."""
+def build() -> ctypes.CDLL:
+    """The library of hold.cu. `all_but` does it where nobody has; a rank that others wait for does it before."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     target = Path(tempfile.mkdtemp()) / "hold.so"
     source = Path(__file__).with_suffix(".cu")
@@ -41,7 +41,7 @@ def all_but(free: int, cluster_size: int = 1) -> Iterator[None]:
     held, release = ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(words.data_ptr() + 4)
     sms = count - free
     limit_ns, stream_of = ctypes.c_ulonglong(LIMIT_S * 10**9), ctypes.c_void_p(stream.cuda_stream)
-    error = library().hold(sms, cluster_size, held, release, limit_ns, stream_of)
+    error = build().hold(sms, cluster_size, held, release, limit_ns, stream_of)
     assert error == 0, f"hold: CUDA error {error}"
     limit = time.monotonic() + 5
     while int(words[0]) < sms:

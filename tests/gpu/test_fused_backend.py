@@ -25,14 +25,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministi
 CASE = Case(Load("some_dropped", (600,), 3, 8), 512, 256, 1.0, 2.0)
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty is filled with NaN (or the largest integer): what a kernel does not write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 

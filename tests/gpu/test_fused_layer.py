@@ -8,7 +8,11 @@ from tests.gpu.layer_case import Case, Layer, assert_layer
 from tests.gpu.virtual import Load
 from tests.workloads import ROUTINGS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),
+]
 
 SHAPES = (  # hidden, inter, clamp, scale of fc1
     (256, 128, None, 1.0),
@@ -29,14 +33,6 @@ TOKENS = ((300, 411), (128, 0, 333, 7), (64, 65, 1, 0, 200, 128, 3, 90))
 VIRTUAL = [
     Case(Load(kind, TOKENS[i % 3], 1 + i % 4, 16), *SHAPES[i % 4]) for i, kind in enumerate(ROUTINGS + ROUTINGS[1:])
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty is filled with NaN (or the largest integer): what a kernel does not write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("case", ONE_RANK, ids=str)

@@ -75,7 +75,7 @@ def _workloads() -> None:
 
 def _held() -> None:
     """Another stream's kernel holds all SMs but those of one cluster, on both GPUs: the same bits."""
-    hold.library()
+    hold.build()
     for case in CASES[:2]:
         layer = Layer(case)
         space = Workspace.create(shape_of(layer), group=dist.group.WORLD, deadline_s=5.0)

@@ -8,18 +8,14 @@ from tests.gpu.fused_run import VirtualRanks, assert_same_bits
 from tests.gpu.layer_case import Case, Layer
 from tests.gpu.virtual import Data, Load, Ranks, check_layer, move_layer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),
+]
 
 ALONE = ((Load("uniform", (1000,), 6, 64), 1024), (Load("some_dropped", (129,), 2, 8), 512))
 SEVERAL = ((Load("uniform", (300, 411), 6, 64), 1024), (Load("hot_rank", (7, 0, 128, 1), 6, 64), 512))
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty is filled with NaN (or the largest integer): what a kernel does not write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def move_held(ranks: Ranks, load: Load, hidden: int, num_sms: int) -> None:

@@ -137,7 +137,7 @@ def many_seeds(rank: int) -> None:
 
 def held(rank: int) -> None:
     """Another stream's kernel holds all SMs but one."""
-    hold.library()
+    hold.build()
     for load, hidden in ((Load("uniform", (600, 300), 6, 64), 1024), (Load("hot_rank", (7, 128), 2, 16), 512)):
         one = Rank(rank, load, hidden)
         for sms in (0, 1):
