@@ -26,10 +26,11 @@ pytestmark = pytest.mark.skipif(
 )
 TIMEOUT_S = 240  # of two cores that others use as well
 MUTATION_DEADLINE_S = 5.0
-FIRST, PIECES, AHEAD = (
+FIRST, PIECES, AHEAD, CTAS = (
     "layer of 4 ranks, one without tokens",
     "layer of 2 ranks, rows in pieces",
     "a rank without rows runs ahead",
+    "combines by many CTAs",
 )
 FUSED, PEERS, MANY_ROWS = "fused, 2 ranks", "fused, 4 ranks", "fused, 1 rank, many rows"
 SMALL_ROWS, PLANS = "layer of 2 ranks, several rows a unit", "plans, int32, high water"
@@ -52,7 +53,7 @@ MUTATIONS = {
     "sum before the pushes": (
         "kernels/combine.cu", "if (params.peers.ranks > 1) wait_pushed_kernel<<<1, kMaxRanks, 0, stream>>>(params);",
         "", FIRST),
-    "pushed announced by the first CTA": ("kernels/combine.cu", EARLY, EARLY.replace("!last_cta", "last_cta"), FIRST),
+    "pushed announced by the first CTA": ("kernels/combine.cu", EARLY, EARLY.replace("!last_cta", "last_cta"), CTAS),
     "rows not written when the warp is done": ("roles/mover.cuh", "ptx::tma_store_wait_all();", "", PIECES),
     "no proxy fence between bulk stores and release": (
         "roles/mover.cuh", "ptx::tma_store_wait_all();\n        ptx::fence_async();", "ptx::tma_store_wait_all();",

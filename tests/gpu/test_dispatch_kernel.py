@@ -82,4 +82,5 @@ def test_all_ranks_in_one_launch(load, hidden):
         with ranks.workspaces[0].guard.watch():
             graph.replay()
             torch.cuda.synchronize()
-        check_layer(data, *moved)
+        plans, *results = moved
+        check_layer(data, [replace(plan, rows=None) for plan in plans], *results)  # each replay has a verdict of its own

@@ -65,6 +65,23 @@ def dispatches_back_to_back() -> None:
         data[0].check_rows(pool)
 
 
+def combines_by_many_ctas() -> None:
+    """Fewer rows than CTAs, so that most of those that push have nothing to push, while everybody waits for the last
+    rank. New rows each time: a sum that comes too early finds old ones."""
+    load = Load("first_and_last", (4, 3), 2, 2)
+    ranks = EmulatedRanks(load)
+    data = Data(load, 256, 0, "cpu")
+    plans_now = data.plans(ranks)
+    for seed in range(12):
+        data.rows = Data(load, 256, seed, "cpu").rows
+        pools, values = data.padded(plans_now[0].capacity)
+        ranks.synchronize()
+        ranks.delay(seed % load.ranks)
+        combined = ranks.combine(plans_now, pools, values, num_sms=8)
+        ranks.synchronize()
+        data.check_sums(combined)
+
+
 def overflow() -> None:
     """The same verdict at every rank; nothing is written; the next plan works."""
     load = Load("hot_rank", (40, 9), 2, 8)
@@ -109,6 +126,7 @@ CASES = {
     "a rank without rows runs ahead": lambda: rank_without_rows_runs_ahead(4),
     "a rank without rows and tokens runs ahead": lambda: rank_without_rows_runs_ahead(0),
     "dispatches back to back": dispatches_back_to_back,
+    "combines by many CTAs": combines_by_many_ctas,
     "plans, int64, exact": lambda: plans(Load("zipf", (300, 1100), 2, 96), "exact", torch.int64),
     "plan of one rank": lambda: plans(Load("zipf", (700,), 3, 40), "high_water", torch.int64),
     "plans, int32, high water": lambda: plans(Load("some_dropped", (7, 130, 0, 64), 6, 384), "high_water", torch.int32),
