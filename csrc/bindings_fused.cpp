@@ -9,12 +9,20 @@
 #include "host/torch_args.hpp"
 #include "host/trace.hpp"
 #include "layout/scratch.cuh"
+#include "schedule/order.cuh"
 
 namespace {
 
 using namespace megamoe;
 
 constexpr int64_t kMapBytes = 128;
+
+// What a schedule asks of a product.
+struct GemmShape {
+    Gemm gemm;
+    int m_extent, n_extent;
+    bool accumulate = true;
+};
 
 // Which tensor maps of a layer's weights are where: ops_fused.py, WeightMaps.
 enum WeightMaps : int { kFc1, kFc2, kFc1ForDgrad1, kFc2ForDgrad2, kWeightMaps };
@@ -29,6 +37,26 @@ uint8_t* bytes_of(const Tensor& tensor, int64_t least, const char* name) {
 void write_scratch_layout(int64_t capacity, int64_t tokens, int64_t hidden, int64_t inter, Tensor out) {
     const ScratchLayout layout = scratch_layout(capacity, tokens, hidden, inter);
     std::memcpy(longs(out, sizeof(layout) / 8, "out"), &layout, sizeof(layout));
+}
+
+// Waves of units: one for each of `clusters` clusters; every expert has `rows` rows.
+int64_t waves_of(std::initializer_list<GemmShape> products, const Order& order, int rows, int clusters) {
+    int64_t units = 0;
+    for (const GemmShape& product : products) units += int64_t{order.experts} * units_of(product, rows);
+    return (units + clusters - 1) / clusters;
+}
+
+// out: int64 [5] on the CPU, in the order of ops_fused.Schedule.
+void write_schedule(int64_t local, int64_t rows, int64_t inter, int64_t hidden, int64_t clusters, Tensor out) {
+    const int experts = static_cast<int>(local), each = static_cast<int>(rows), sides = static_cast<int>(clusters);
+    const int i = static_cast<int>(inter), h = static_cast<int>(hidden);
+    const Order forward = forward_order(experts), backward = backward_order(experts, each, i, h, sides);
+    const GemmShape fc1{Gemm::kFc1, 0, i}, fc2{Gemm::kFc2, 0, h}, dgrad2{Gemm::kDgrad2, 0, i};
+    const GemmShape dgrad1{Gemm::kDgrad1, 0, h}, wgrad2{Gemm::kWgrad, h, i}, wgrad1{Gemm::kWgrad, 2 * i, h};
+    const int64_t answers[] = {forward.lag[kProductFc2], backward.lag[kProductDgrad1], backward.lag[kProductWgrad2],
+                               waves_of({fc1, fc2}, forward, each, sides),
+                               waves_of({dgrad2, dgrad1, wgrad2, wgrad1}, backward, each, sides)};
+    std::memcpy(longs(out, 5, "out"), answers, sizeof(answers));
 }
 
 ScratchLayout layout_of(const FusedArgs& args) {
@@ -167,8 +195,8 @@ struct Plain {
     }
 };
 
-// Forward of a plain call, and its plan where `planned`, its tables, is not given: y, h, the plan's tables. Nothing
-// (and nothing announced) where it is not plain, or where memory for its results is short.
+// Forward of a plain call, and its plan where `planned`, its tables, is not given: y, h, the plan's tables. The tables
+// alone, and nothing announced, where memory for the results is short; nothing at all where the call is not plain.
 std::vector<Tensor> plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, std::vector<Tensor> fc1,
                                   std::vector<Tensor> fc2, Tensor places, Tensor maps, int64_t inter,
                                   OptionalTensor planned, int64_t capacity, int64_t status, double limit,
@@ -194,16 +222,18 @@ std::vector<Tensor> plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor we
     stage_fused(rows);
 
     std::optional<Tensor> tables = planned, y, h, scratch;
-    try {
+    if (!planned) {  // before the other allocations: peers wait for this rank's counts
         const int64_t ints = (plan_bytes(workspace, tokens) + 8 * capacity) / 4;
-        if (!planned) tables = torch::stable::new_empty(x, {ints}, ScalarType::Int);
+        try {
+            tables = torch::stable::new_empty(x, {ints}, ScalarType::Int);
+        } catch (const std::exception&) { return {}; }
+        run_plan(PlanPhase::kAll, plan_args(workspace, ids, kCounterTileRows, capacity, *tables, {}, status, stream));
+    }
+    try {
         scratch = new_bytes(x, scratch_layout(capacity, tokens, hidden, inter).bytes);
         y = torch::stable::new_empty(x, {tokens, hidden});
         h = torch::stable::new_empty(x, {capacity, 2 * inter});
-    } catch (const std::exception&) { return {}; }
-    if (!planned) {
-        run_plan(PlanPhase::kAll, plan_args(workspace, ids, kCounterTileRows, capacity, *tables, {}, status, stream));
-    }
+    } catch (const std::exception&) { return {*tables}; }
     forward(kStaged, handle, capacity, *tables, {}, x, weights, maps, *h, *y, *scratch, limit, 0, stream);
     return {*y, *h, *tables};
 }
@@ -243,6 +273,7 @@ std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor table
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
     m.def("scratch_layout(int capacity, int tokens, int hidden, int inter, Tensor(a!) out) -> ()");
+    m.def("schedule(int local, int rows, int inter, int hidden, int clusters, Tensor(a!) out) -> ()");
     m.def("preload_kernels() -> ()");
     m.def("trace_size() -> int");
     m.def("set_trace(int address) -> ()");
@@ -271,7 +302,10 @@ STABLE_TORCH_LIBRARY_IMPL(megamoe, CompositeExplicitAutograd, m) {
     m.impl("set_trace", TORCH_BOX(&megamoe::set_trace));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) { m.impl("scratch_layout", TORCH_BOX(&write_scratch_layout)); }
+STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) {
+    m.impl("scratch_layout", TORCH_BOX(&write_scratch_layout));
+    m.impl("schedule", TORCH_BOX(&write_schedule));
+}
 
 // Results are recorded by nobody but autograd.py.
 STABLE_TORCH_LIBRARY_IMPL(megamoe, Autograd, m) {

@@ -56,8 +56,8 @@ def moe(
     if recompute in RECOMPUTE and backend in ("auto", "fused"):
         # All that follows in one step, where it is what this layer did before.
         found = plain.forward(x, topk_ids, topk_weights, fc1, fc2, clamp, group, workspace, plan)
-        if found is not None:
-            layer, plan, done = found
+        layer, plan, done = (None, plan, None) if found is None else found
+        if done is not None:
             chosen = backends.get("fused")
             fc1, fc2 = checks.as_tuple("fc1", fc1), checks.as_tuple("fc2", fc2)
             need, sink = chosen.need(x, topk_weights, fc1, fc2), _sink(wgrad_sink)

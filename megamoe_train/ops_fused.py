@@ -73,6 +73,22 @@ class Scratch(NamedTuple):
     more_bytes: int
 
 
+class Schedule(NamedTuple):
+    """How a launch works on its products: csrc/schedule/order.cuh. Lags in experts."""
+
+    fc2_lag: int  # behind fc1
+    dgrad1_lag: int  # behind dgrad2
+    wgrads_lag: int  # behind dgrad2
+    forward_waves: int  # of units, one for each cluster
+    backward_waves: int
+
+    @classmethod
+    def of(cls, local_experts: int, rows: int, inter: int, hidden: int, clusters: int) -> Schedule:
+        """rows: of each local expert. clusters: of two SMs each."""
+        operator = torch.ops.megamoe.schedule
+        return cls(*ops.ask(operator, local_experts, rows, inter, hidden, clusters, answers=len(cls._fields)))
+
+
 @lru_cache(1024)
 def scratch_layout(capacity: int, tokens: int, hidden: int, inter: int) -> Scratch:
     answers = len(Scratch._fields)

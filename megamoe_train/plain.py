@@ -95,8 +95,11 @@ def remember_gradients(
 def forward(
     x: Tensor, ids: Tensor, weights: Tensor, fc1: Tensor | Sequence[Tensor], fc2: Tensor | Sequence[Tensor],
     clamp: float | None, group: dist.ProcessGroup | None, workspace: Workspace | None, plan: backends.Plan | None,
-) -> tuple[Layer, FusedPlan, tuple[Tensor, Tensor]] | None:  # fmt: skip
-    """The layer, the plan of these ids (the given one, if any), (y, h). None: not plain, nothing is launched."""
+) -> tuple[Layer, FusedPlan, tuple[Tensor, Tensor] | None] | None:  # fmt: skip
+    """The layer, the plan of these ids (the given one, if any), (y, h). None: not plain, nothing is launched.
+
+    (y, h) is None where memory for them is short: nothing but the plan is launched, and the long way goes on with it.
+    """
     fc1, fc2 = _experts(fc1), _experts(fc2)
     layer = _layers.get((id(fc1[0]), id(group))) if fc1 and fc2 else None
     if layer is None or layer.clamp != clamp or not {type(x), type(ids), type(weights)} <= TENSORS:
@@ -127,16 +130,18 @@ def forward(
             raise
     if not done:
         return None
-    y, h, tables = done
+    *results, tables = done
     if plan is None:
         plan = FusedPlan(home, ids, ops_plan.DevicePlan(home, ids, capacity, home.verdicts.take(), tables, stream))
         fused_plan.note_launch(plan.device_plan)
+    if not results:
+        return layer, plan, None
 
     def again(device_plan: ops_plan.DevicePlan) -> tuple[Tensor, Tensor]:
         return ops_fused.forward(device_plan, x, weights, layer.maps, clamp=clamp)
 
     with home.guard.watch(), torch.no_grad():
-        return layer, plan, plan.judged((y, h), again)
+        return layer, plan, plan.judged(tuple(results), again)
 
 
 def backward(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe_train import reference
+from megamoe_train import ops_fused, reference
 from megamoe_train.bench import layer_load
 from megamoe_train.bench.layer_load import Routing, Shape, Weights, shape_of
 from megamoe_train.plan import build_plan
@@ -195,6 +195,7 @@ def played_bench(monkeypatch, seeds: int, **candidates):
     bench.candidates = {"cublas": argparse.Namespace(passes=(cublas, cublas), moves=(0, 0), **nothing)}
     bench.candidates |= candidates
     bench.absent, bench.workspace_bytes = {"megatron": "No module named 'x'"}, 5 * 10**8
+    bench.schedule = ops_fused.Schedule(32, 1, 3, 60, 250)
     slow = iter([1.0, 3.0, 2.0])
 
     def alternate(candidates, inputs, iterations, passes, group, *, paced):
@@ -224,6 +225,7 @@ def test_rows_are_of_the_worst_seed(monkeypatch, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 4 and shown[0].split()[:4] == ["paced", "fwd", "ours", "3.000"] and "1.000" in shown[0]
     assert "our workspace 0.50 GB" in bench.title() and "not measured: megatron: No module named 'x'" in bench.title()
+    assert "forward in 60 waves, fc2 32 experts behind fc1; backward in 250, dgrad1 1 and wgrads 3" in bench.title()
     json.dumps(rows)
 
 

@@ -67,6 +67,16 @@ def test_scratch_of_a_launch(capacity, tokens, hidden, inter):
     assert layout.pool == layout.dh == 0
 
 
+def test_schedule_of_a_launch():
+    """32 experts of 1536 rows, H 4096, I 2048, 66 clusters: six pairs of row tiles."""
+    schedule = ops_fused.Schedule.of(32, 1536, 2048, 4096, 66)
+    forward = 32 * 6 * (2048 // 128 + 4096 // 256)
+    wgrads = 32 * (16 * 8 + 16 * 16)  # pairs of row tiles of the gradients, and their column tiles
+    dgrads = 32 * 6 * (2048 // 256 + 4096 // 256)
+    assert schedule.fc2_lag == 32 and 0 < schedule.dgrad1_lag < schedule.wgrads_lag <= 32
+    assert schedule.forward_waves == -(-forward // 66) and schedule.backward_waves == -(-(dgrads + wgrads) // 66)
+
+
 def test_views_of_scratch_have_the_pools_shapes():
     layout = ops_fused.scratch_layout(256, 40, 512, 384)
     call = object.__new__(ops_fused.BackwardCall)

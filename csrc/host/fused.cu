@@ -180,7 +180,7 @@ void run_fused(const FusedArgs& args) {
         params.order = backward_order(local, rows, inter, hidden, clusters);
     } else {
         forward_products(args, params.products);
-        params.order = forward_order(local, rows, inter, clusters);
+        params.order = forward_order(local);
     }
     pulls_of(args, params);
     params.peers = peers_of(args.workspace);

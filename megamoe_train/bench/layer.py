@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .. import backends
+from .. import backends, ops_fused
 from . import candidates, passes, ranks
 from .layer_load import NAMES, Routing, Shape, Weights, shape_of
 
@@ -75,6 +75,7 @@ class Bench:
         self.weights = Weights.random(shape, ranks.rank())
         made = candidates.make(args.candidates, shape, self.weights, self.group)
         self.candidates, self.absent, self.workspace_bytes = made
+        self.schedule = schedule_of(shape) if any(name.startswith("ours") for name in self.candidates) else None
 
     def title(self) -> str:
         s = self.shape
@@ -83,6 +84,12 @@ class Bench:
             f"{s.name}: EP={s.ranks}, per rank T={s.tokens} K={s.top_k} H={s.hidden} I={s.inter} "
             f"experts={s.experts_local}{scaled}, clamp {s.clamp}; our workspace {self.workspace_bytes / 1e9:.2f} GB\n"
         )
+        if self.schedule is not None:
+            text += (
+                f"even routing: forward in {self.schedule.forward_waves} waves, fc2 {self.schedule.fc2_lag} experts "
+                f"behind fc1; backward in {self.schedule.backward_waves}, dgrad1 {self.schedule.dgrad1_lag} and wgrads "
+                f"{self.schedule.wgrads_lag} experts behind dgrad2\n"
+            )
         text += "".join(f"not measured: {name}: {why}\n" for name, why in self.absent.items())
         return text + (
             f"{'mode':9} {'pass':4} {'candidate':14} {'ms':>7} {'TFLOP/s':>7} {'share':>6} {'NVLink':>6} "
@@ -95,6 +102,7 @@ class Bench:
             "backend": "fused", "shape": self.shape.name, "ep": self.shape.ranks, "tokens": self.shape.tokens,
             "experts_local": self.shape.experts_local, "scaled_from": self.shape.scaled_from,
             "workspace_bytes": self.workspace_bytes, "absent": self.absent,
+            "schedule": None if self.schedule is None else self.schedule._asdict(),
             "candidates": {name: candidates.MEANING[name] for name in self.candidates if name != "cublas"},
         }  # fmt: skip
 
@@ -164,6 +172,13 @@ class Bench:
             "share": rate / cublas,
             "nvlink_gbs": moved / ms / 1e6,
         }
+
+
+def schedule_of(shape: Shape) -> ops_fused.Schedule:
+    """Of an even routing, on all SMs of this GPU."""
+    clusters = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count // 2
+    rows = shape.tokens * shape.top_k // shape.experts_local
+    return ops_fused.Schedule.of(shape.experts_local, rows, shape.inter, shape.hidden, clusters)
 
 
 def row_text(row: dict) -> str:
