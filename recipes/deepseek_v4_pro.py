@@ -28,7 +28,7 @@ def deepseek_v4_pro_pretrain_1984gpu_h100_bf16(world: World) -> Recipe:
 
 def deepseek_v4_pro_proxy_1gpu_h100_bf16(world: World) -> Recipe:
     """2 layers of 16 experts."""
-    return _proxy("deepseek_v4_pro_proxy_1gpu_h100_bf16", world, layers=2, experts=16)
+    return _proxy("deepseek_v4_pro_proxy_1gpu_h100_bf16", world, layers=2, experts=16, ran="1x H200 141GB, 60 steps")
 
 
 def deepseek_v4_pro_proxy_2gpu_h100_bf16(world: World) -> Recipe:
@@ -60,7 +60,7 @@ def _pretrain(name: str, world: World, *, stages: int) -> Recipe:
     )
 
 
-def _proxy(name: str, world: World, *, layers: int, experts: int) -> Recipe:
+def _proxy(name: str, world: World, *, layers: int, experts: int, ran: str = "") -> Recipe:
     shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 128}
     return Recipe(
         name=name,
@@ -78,7 +78,8 @@ def _proxy(name: str, world: World, *, layers: int, experts: int) -> Recipe:
             h100.parallel(1, layers, expert=min(world.num_ranks, 2)),
         ),
         most_ranks=2,
-        notes=(*v4.PROXY_NOTES, h100.NEVER_RUN),
+        has_run=ran,
+        notes=(*v4.PROXY_NOTES, h100.run_note(ran)),
         stand_ins=v4.stand_ins(world)[:4],
         env=h100.ENV,
         for_h100=True,

@@ -28,7 +28,7 @@ MUTATIONS = {
         WALK, "here.frontier[pull] = std::max(here.frontier[pull], job.expert);", ";", ["deadlock"]),
     "one expert less of the lead": (PULLS, "return expert - lead;", "return expert - lead + 1;", ["deadlock"]),
     "fc2 an expert ahead of fc1": (
-        ORDER, "{0, lag_for(clusters, units, experts)}", "{0, 0 * units - 1}", ["deadlock", "not done once"]),
+        ORDER, "return {2, experts, {0, experts}};", "return {2, experts, {0, -1}};", ["deadlock", "not done once"]),
     "what needs leads what is needed": (
         ORDER, "index / order.products - order.lag[product]",
         "index / order.products - (order.lag[order.products - 1] - order.lag[product])", ["deadlock"]),
