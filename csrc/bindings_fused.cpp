@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <initializer_list>
 #include <vector>
 
 #include "host/fused.hpp"
@@ -16,13 +15,6 @@ namespace {
 using namespace megamoe;
 
 constexpr int64_t kMapBytes = 128;
-
-// What a schedule asks of a product.
-struct GemmShape {
-    Gemm gemm;
-    int m_extent, n_extent;
-    bool accumulate = true;
-};
 
 // Which tensor maps of a layer's weights are where: ops_fused.py, WeightMaps.
 enum WeightMaps : int { kFc1, kFc2, kFc1ForDgrad1, kFc2ForDgrad2, kWeightMaps };
@@ -40,9 +32,11 @@ void write_scratch_layout(int64_t capacity, int64_t tokens, int64_t hidden, int6
 }
 
 // Waves of units: one for each of `clusters` clusters; every expert has `rows` rows.
-int64_t waves_of(std::initializer_list<GemmShape> products, const Order& order, int rows, int clusters) {
+int64_t waves_of(const Order& order, bool backward, int inter, int hidden, int rows, int clusters) {
     int64_t units = 0;
-    for (const GemmShape& product : products) units += int64_t{order.experts} * units_of(product, rows);
+    for (int product = 0; product < order.products; ++product) {
+        units += int64_t{order.experts} * units_of(product_shape(backward, product, inter, hidden), true, rows);
+    }
     return (units + clusters - 1) / clusters;
 }
 
@@ -50,12 +44,9 @@ int64_t waves_of(std::initializer_list<GemmShape> products, const Order& order, 
 void write_schedule(int64_t local, int64_t rows, int64_t inter, int64_t hidden, int64_t clusters, Tensor out) {
     const int experts = static_cast<int>(local), each = static_cast<int>(rows), sides = static_cast<int>(clusters);
     const int i = static_cast<int>(inter), h = static_cast<int>(hidden);
-    const Order forward = forward_order(experts), backward = backward_order(experts, each, i, h, sides);
-    const GemmShape fc1{Gemm::kFc1, 0, i}, fc2{Gemm::kFc2, 0, h}, dgrad2{Gemm::kDgrad2, 0, i};
-    const GemmShape dgrad1{Gemm::kDgrad1, 0, h}, wgrad2{Gemm::kWgrad, h, i}, wgrad1{Gemm::kWgrad, 2 * i, h};
+    const Order forward = forward_order(experts), backward = backward_order(experts, each, i, sides);
     const int64_t answers[] = {forward.lag[kProductFc2], backward.lag[kProductDgrad1], backward.lag[kProductWgrad2],
-                               waves_of({fc1, fc2}, forward, each, sides),
-                               waves_of({dgrad2, dgrad1, wgrad2, wgrad1}, backward, each, sides)};
+                               waves_of(forward, false, i, h, each, sides), waves_of(backward, true, i, h, each, sides)};
     std::memcpy(longs(out, 5, "out"), answers, sizeof(answers));
 }
 

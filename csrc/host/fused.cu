@@ -37,10 +37,14 @@ FusedCounters counters_of(const FusedArgs& args) {
     return counters;
 }
 
-// What all products share.
-GemmParams product_of(Gemm gemm, const FusedArgs& args) {
+// What all products have.
+GemmParams product_of(int which, const FusedArgs& args) {
+    const int inter = static_cast<int>(args.inter), hidden = static_cast<int>(args.workspace.hidden);
+    const ProductShape shape = product_shape(args.backward, which, inter, hidden);
     GemmParams product{};
-    product.gemm = gemm;
+    product.gemm = shape.gemm;
+    product.m_extent = shape.m_extent;
+    product.n_extent = shape.n_extent;
     product.expert_rows = args.plan.expert_rows;
     product.expert_offset = args.plan.expert_offset;
     product.num_experts = static_cast<int>(args.workspace.experts / args.workspace.ranks);
@@ -58,52 +62,47 @@ CUtensorMap map_of(MapKind kind, const void* pool, const FusedArgs& args, int64_
 
 void forward_products(const FusedArgs& args, GemmParams* products) {
     const int64_t hidden = args.workspace.hidden, inter = args.inter;
-    GemmParams& fc1 = products[kProductFc1] = product_of(Gemm::kFc1, args);
+    GemmParams& fc1 = products[kProductFc1] = product_of(kProductFc1, args);
     fc1.a = map_of(MapKind::kActivation, args.pool, args, hidden);
     fc1.out = map_of(MapKind::kOutput, args.h, args, 2 * inter);
     fc1.act = map_of(MapKind::kOutput, args.act, args, inter);
     fc1.expert_maps = static_cast<const CUtensorMap*>(args.maps[0]);
-    fc1.n_extent = static_cast<int>(inter);
     fc1.k_blocks = static_cast<int>(hidden / kBlockK);
-    GemmParams& fc2 = products[kProductFc2] = product_of(Gemm::kFc2, args);
+    GemmParams& fc2 = products[kProductFc2] = product_of(kProductFc2, args);
     fc2.a = map_of(MapKind::kActivation, args.act, args, inter);
     fc2.expert_maps = static_cast<const CUtensorMap*>(args.maps[1]);
-    fc2.n_extent = static_cast<int>(hidden);
     fc2.k_blocks = static_cast<int>(inter / kBlockK);
 }
 
-GemmParams wgrad_of(const FusedArgs& args, int which, const void* left, int64_t rows, const void* right, int64_t cols) {
-    GemmParams wgrad = product_of(Gemm::kWgrad, args);
+// `which`: 0 for fc2's gradient, 1 for fc1's.
+GemmParams wgrad_of(const FusedArgs& args, int which, const void* left, const void* right) {
+    GemmParams wgrad = product_of(kProductWgrad2 + which, args);
     wgrad.wanted = args.gradient_maps[which] != nullptr;
     if (!wgrad.wanted) return wgrad;
-    wgrad.a = map_of(MapKind::kOperandMN, left, args, rows);
-    wgrad.b = map_of(MapKind::kWeightMN, right, args, cols);
+    wgrad.a = map_of(MapKind::kOperandMN, left, args, wgrad.m_extent);
+    wgrad.b = map_of(MapKind::kWeightMN, right, args, wgrad.n_extent);
     wgrad.expert_maps = static_cast<const CUtensorMap*>(args.gradient_maps[which]);
     wgrad.gradients = args.gradients[which];
     wgrad.accumulate = args.accumulate[which];
-    wgrad.m_extent = static_cast<int>(rows);
-    wgrad.n_extent = static_cast<int>(cols);
     return wgrad;
 }
 
 void backward_products(const FusedArgs& args, GemmParams* products) {
     const int64_t hidden = args.workspace.hidden, inter = args.inter;
-    GemmParams& dgrad2 = products[kProductDgrad2] = product_of(Gemm::kDgrad2, args);
+    GemmParams& dgrad2 = products[kProductDgrad2] = product_of(kProductDgrad2, args);
     dgrad2.a = map_of(MapKind::kActivation, args.pool, args, hidden);
     dgrad2.b = map_of(MapKind::kWeight, args.h, args, 2 * inter);
     dgrad2.out = map_of(MapKind::kOutput, args.dh, args, 2 * inter);
     dgrad2.act = map_of(MapKind::kOutput, args.act, args, inter);
     dgrad2.expert_maps = static_cast<const CUtensorMap*>(args.maps[0]);
     dgrad2.dp_partials = args.dp_partials;
-    dgrad2.n_extent = static_cast<int>(inter);
     dgrad2.k_blocks = static_cast<int>(hidden / kBlockK);
-    GemmParams& dgrad1 = products[kProductDgrad1] = product_of(Gemm::kDgrad1, args);
+    GemmParams& dgrad1 = products[kProductDgrad1] = product_of(kProductDgrad1, args);
     dgrad1.a = map_of(MapKind::kActivation, args.dh, args, 2 * inter);
     dgrad1.expert_maps = static_cast<const CUtensorMap*>(args.maps[1]);
-    dgrad1.n_extent = static_cast<int>(hidden);
     dgrad1.k_blocks = static_cast<int>(2 * inter / kBlockK);
-    products[kProductWgrad2] = wgrad_of(args, 0, args.pool, hidden, args.act, inter);
-    products[kProductWgrad1] = wgrad_of(args, 1, args.dh, 2 * inter, args.second_pool, hidden);
+    products[kProductWgrad2] = wgrad_of(args, 0, args.pool, args.act);
+    products[kProductWgrad1] = wgrad_of(args, 1, args.dh, args.second_pool);
 }
 
 // A bit per staging buffer that this operation fills: dY in 1, x in 0.
@@ -177,7 +176,7 @@ void run_fused(const FusedArgs& args) {
     FusedParams params{};
     if (args.backward) {
         backward_products(args, params.products);
-        params.order = backward_order(local, rows, inter, hidden, clusters);
+        params.order = backward_order(local, rows, inter, clusters);
     } else {
         forward_products(args, params.products);
         params.order = forward_order(local);

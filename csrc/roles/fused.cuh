@@ -156,23 +156,54 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
 
 // ---- mover and math warps
 
-// Rows first; what is left of the warp's time goes to the sums. `first`: the pull to begin with.
-__device__ __forceinline__ void fused_mover(const FusedParams& params, int first) {
+// Sums of a mover, one block of tokens at a time. With K experts at random a token is complete when most of them are
+// done; until then (`begun`) sweeps would find little and load L2.
+class MoverSums {
+public:
+    __device__ __forceinline__ explicit MoverSums(const FusedParams& params)
+        : params_(params), sweep_(begin_sweep(params)) {}
+
+    // While the warp waits for something else. Whole warp.
+    __device__ __forceinline__ void meanwhile() {
+        const int tiles = *params_.num_rows / kRowTile;
+        if (tiles == 0 || params_.tokens == 0) return;
+        const int* pushed = params_.counters.pushed + first_swept(tiles);
+        const int begun = (threadIdx.x & 31) == 0 ? ptx::load_relaxed_gpu(pushed) : 0;
+        if (__shfl_sync(0xffffffffu, begun, 0) == 0) return;
+        const uint32_t epoch = static_cast<uint32_t>(state_word(params_.peers, kStateOpEpoch));
+        if (!sweep_block<kMoverSlots, 1, 2>(params_, sweep_, epoch) && sweep_.idle >= kIdleBlocks) __nanosleep(1000);
+    }
+
+    // What is left. Returns how many tokens this warp has summed in all.
+    __device__ __forceinline__ int finish(uint64_t& seen, Trace& trace) {
+        const int tiles = *params_.num_rows / kRowTile;
+        if (tiles > 0 && (threadIdx.x & 31) == 0) {
+            wait_counter<2000>(params_.peers, params_.counters.pushed + first_swept(tiles), 1, Waiting::kTileMade);
+        }
+        __syncwarp();
+        trace.mark(CtaMark::kSumming);
+        sum_in_sweeps<kMoverSlots, 1, 2>(params_, sweep_, seen);
+        return sweep_.summed;
+    }
+
+private:
+    const FusedParams& params_;
+    Sweep sweep_;
+};
+
+// Rows first; what is left of the warp's time goes to the sums.
+template <bool kBackward>
+__device__ __forceinline__ void fused_mover(const FusedParams& params) {
     uint64_t seen = 0;
     Trace trace(params.products[0].trace);
-    for (int i = 0; i < params.num_pulls; ++i) {
-        pull_rows<kMoverDepth>(params, pull_at(first, i, params.num_pulls), kAllRows, seen);
-        trace.mark(i == 0 ? CtaMark::kPulled : CtaMark::kPulledSecond);
+    MoverSums sums(params);
+    for (int which = 0; which < params.num_pulls; ++which) {
+        pull_rows<kMoverDepth>(params, which, kAllRows, seen, [&] {
+            if constexpr (kBackward) sums.meanwhile();
+        });
+        trace.mark(which == 0 ? CtaMark::kPulled : CtaMark::kPulledSecond);
     }
-    // With K experts at random a token is complete when most of them are done; until then sweeps find little and load
-    // L2.
-    const int tiles = *params.num_rows / kRowTile;
-    if (tiles > 0 && (threadIdx.x & 31) == 0) {
-        wait_counter<2000>(params.peers, params.counters.pushed + first_swept(tiles), 1, Waiting::kTileMade);
-    }
-    __syncwarp();
-    trace.mark(CtaMark::kSumming);
-    trace.count(CtaMark::kMoverTokens, sum_in_sweeps<kMoverSlots, 1, 2>(params, seen));
+    trace.count(CtaMark::kMoverTokens, sums.finish(seen, trace));
     trace.mark(CtaMark::kSummed);
 }
 
@@ -198,7 +229,7 @@ template <bool kBackward>
 __device__ __forceinline__ void fused_math(SharedStorage& shared, const FusedParams& params, int warpgroup, int rank) {
     const WarpPlace place = warp_place(warpgroup);
     uint64_t seen = 0;
-    pull_rows<kMathDepth>(params, 0, params.first_rows, seen);
+    pull_rows<kMathDepth>(params, 0, params.first_rows, seen, [] {});
     Position position;
     UnitCursor units;
     float d[128] = {};
@@ -212,7 +243,9 @@ __device__ __forceinline__ void fused_math(SharedStorage& shared, const FusedPar
             math_unit<gemm.kValue>(shared, product, slot, place, rank, position, d, trace);
         });
     }
-    sum_and_leave(params, trace);
+    // Behind a condition: where math warps cannot come to the kernel's end, ptxas gives their products no more than the
+    // launch's 168 registers, and the epilogues of dgrad2 and fc1 spill.
+    if (params.tokens > 0) sum_and_leave(params, trace);
 }
 
 // Nothing to do: an overflow or a bad id, judged alike on every rank. The staged rows are given back unread.
@@ -247,7 +280,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
         if (warp_index() == 0) fused_loader<kBackward>(shared, params, rank);
         if (warp_index() == 1 && rank == 0) fused_scheduler<kBackward>(shared, params);
         if (warp_index() == 2) fused_storer<kBackward>(shared, params, rank);
-        if (is_mover(warp_index(), rank)) fused_mover(params, first_pull(warp_index()));
+        if (is_mover(warp_index(), rank)) fused_mover<kBackward>(params);
     } else {
         ptx::take_registers<kMathRegisters>();
         fused_math<kBackward>(shared, params, warpgroup_index() - 1, rank);

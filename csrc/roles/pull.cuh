@@ -55,18 +55,26 @@ constexpr int64_t kAllRows = INT64_MAX;
 
 // Waits until units of an expert not far before the row's are being worked on: rows pulled much earlier only drive what
 // is in use out of L2. A unit that waits for a row has moved the frontier to the row's expert, so nobody waits for
-// ever.
-__device__ __forceinline__ void wait_for_frontier(const FusedParams& params, int which, int64_t row, int& expert) {
+// ever. Whole warp, which does `meanwhile()` between two looks.
+template <class Meanwhile>
+__device__ __forceinline__ void wait_for_frontier(const FusedParams& params, int which, int64_t row, int& expert,
+                                                  Meanwhile&& meanwhile) {
     const int* offset = params.products[0].expert_offset;
     while (row >= offset[expert + 1]) ++expert;
-    wait_counter<200>(params.peers, params.counters.frontier + which, least_frontier(expert, params.pull_lead),
-                      Waiting::kFrontier);
+    const int* frontier = params.counters.frontier + which;
+    const int least = least_frontier(expert, params.pull_lead);
+    for (unsigned long long start = 0;; meanwhile()) {
+        const bool there = (threadIdx.x & 31) == 0 &&
+                           counter_there<200>(params.peers, frontier, least, Waiting::kFrontier, start);
+        if (__shfl_sync(0xffffffffu, there, 0)) return;
+    }
 }
 
 // Pulls claims of rows in ascending order: all of them, not too far ahead, or at once until one lies at or beyond
-// `until`. Whole warp. `seen`: ranks whose ready word this warp has seen.
-template <int kDepth>
-__device__ void pull_rows(const FusedParams& params, int which, int64_t until, uint64_t& seen) {
+// `until`. Whole warp. `seen`: ranks whose ready word this warp has seen. `meanwhile`: see wait_for_frontier.
+template <int kDepth, class Meanwhile>
+__device__ __forceinline__ void pull_rows(const FusedParams& params, int which, int64_t until, uint64_t& seen,
+                                          Meanwhile&& meanwhile) {
     const Peers& peers = params.peers;
     const Pull& pull = params.pulls[which];
     const int lane = threadIdx.x & 31;
@@ -84,7 +92,7 @@ __device__ void pull_rows(const FusedParams& params, int which, int64_t until, u
             __syncwarp();
             return;
         }
-        if (until == kAllRows && lane == 0) wait_for_frontier(params, which, first, expert);
+        if (until == kAllRows) wait_for_frontier(params, which, first, expert, meanwhile);
         const bool mine = lane < params.claim_rows;
         const RowSource source = decode_source(mine ? params.source_of[first + lane] : -1);
         wait_for_peers(peers, source.rank, expected, seen);

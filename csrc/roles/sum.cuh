@@ -1,6 +1,7 @@
 // Sum role of the fused kernels: y (or dx) of a token is the sum of its combine slots, fp32, k ascending, rounded once.
 //
-// While there is other work, movers sweep over blocks of 32 tokens and take those whose slots are all filled. Math
+// While there is other work, movers sweep over blocks of 32 tokens and take those whose slots are all filled, also when
+// a pull makes them wait. Math
 // warps that have no more units take turns instead, two tokens each: one round for those that are filled, and one that
 // waits for the rest. (By sweeps many warps would look for few tokens at the end.)
 #pragma once
@@ -11,6 +12,7 @@ namespace megamoe {
 
 constexpr int kMaxTopK = 16;
 constexpr int kSlotsAsked = 8;                // slots of a token that a lane looks at together
+constexpr int kIdleBlocks = 4;                // blocks without work after which a sweep goes slowly
 constexpr int kTurnTokens = 2;                // tokens of a turn
 constexpr int kTurnLanes = 32 / kTurnTokens;  // that look at a token's slots
 constexpr unsigned kTurnSlots = (1u << kTurnLanes) - 1;
@@ -260,29 +262,46 @@ __device__ int sum_in_turns(const FusedParams& params, uint64_t& seen) {
     return mine;
 }
 
-// Sweeps until all tokens are taken, or every turn of the second round is: somebody waits for each token then.
-// kTakenTokens: that a warp takes at a time. Returns how many this warp has summed.
+// Where a warp's sweeps stand.
+struct Sweep {
+    int block;       // to look at next
+    int idle = 0;    // blocks in a row in which there was nothing to do
+    int summed = 0;  // tokens
+};
+
+// Every warp sweeps over all blocks; only where it begins depends on its place.
+__device__ __forceinline__ Sweep begin_sweep(const FusedParams& params) {
+    const int place = static_cast<int>(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32);
+    return {place * 37 % max(1, ceil_div(params.tokens, 32))};
+}
+
+// One block; whether anything was summed. Whole warp. kTakenTokens: that a warp takes at a time.
 template <int kBatch, int kSteps, int kTakenTokens>
-__device__ int sum_in_sweeps(const FusedParams& params, uint64_t& seen) {
-    const int lane = threadIdx.x & 31, blocks = ceil_div(params.tokens, 32);
+__device__ __forceinline__ bool sweep_block(const FusedParams& params, Sweep& sweep, uint32_t epoch) {
+    const int count = sum_block<kBatch, kSteps, kTakenTokens>(params, sweep.block, epoch);
+    sweep.block = sweep.block + 1 < ceil_div(params.tokens, 32) ? sweep.block + 1 : 0;
+    sweep.idle = count != 0 ? 0 : sweep.idle + 1;
+    sweep.summed += count;
+    return count != 0;
+}
+
+// Sweeps until all tokens are taken, or every turn of the second round is: somebody waits for each token then.
+template <int kBatch, int kSteps, int kTakenTokens>
+__device__ __forceinline__ void sum_in_sweeps(const FusedParams& params, Sweep& sweep, uint64_t& seen) {
+    const int lane = threadIdx.x & 31;
     const uint32_t epoch = static_cast<uint32_t>(state_word(params.peers, kStateOpEpoch));
     wait_for_all_peers(params.peers, expected_ready(params), seen);
     unsigned long long start = ptx::global_nanoseconds();  // of the time in which this warp has found nothing
-    int mine = 0;
-    // Every warp sweeps over all blocks; only where it begins depends on its place.
-    int block = static_cast<int>((blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 37 % max(1, blocks));
-    for (int idle = 0;; block = block + 1 < blocks ? block + 1 : 0) {
+    while (true) {
         // One lane decides for the warp: another one might read a newer number and leave alone.
         const int turns = lane == 0 ? ptx::load_relaxed_gpu(params.counters.turns + 1) : 0;
-        if (__shfl_sync(0xffffffffu, turns, 0) * kTurnTokens >= params.tokens) return mine;
-        const int count = sum_block<kBatch, kSteps, kTakenTokens>(params, block, epoch);
-        mine += count;
-        if (count != 0) {
-            idle = 0, start = ptx::global_nanoseconds();
+        if (__shfl_sync(0xffffffffu, turns, 0) * kTurnTokens >= params.tokens) return;
+        if (sweep_block<kBatch, kSteps, kTakenTokens>(params, sweep, epoch)) {
+            start = ptx::global_nanoseconds();
             continue;
         }
-        if (++idle < 4) continue;
-        if (idle % 64 == 4 && all_taken(params)) return mine;
+        if (sweep.idle < kIdleBlocks) continue;
+        if (sweep.idle % 64 == kIdleBlocks && all_taken(params)) return;
         __nanosleep(1000);
         if (lane == 0) check_sum(params, start, epoch, 0, params.tokens);
         __syncwarp();

@@ -11,10 +11,27 @@
 namespace megamoe {
 
 constexpr int kMaxProducts = 4;
-constexpr int kWgradWaves = 12;  // waves of wgrad units left for the end of backward
 
 enum ForwardProduct : int { kProductFc1, kProductFc2 };
 enum BackwardProduct : int { kProductDgrad2, kProductDgrad1, kProductWgrad2, kProductWgrad1 };
+
+// A product's form and the extents of its result; m_extent of weight gradients only, where rows do not decide.
+struct ProductShape {
+    Gemm gemm;
+    int m_extent, n_extent;
+};
+
+MEGAMOE_HD constexpr ProductShape product_shape(bool backward, int product, int inter, int hidden) {
+    if (!backward) {
+        return product == kProductFc1 ? ProductShape{Gemm::kFc1, 0, inter} : ProductShape{Gemm::kFc2, 0, hidden};
+    }
+    switch (product) {
+        case kProductDgrad2: return {Gemm::kDgrad2, 0, inter};
+        case kProductDgrad1: return {Gemm::kDgrad1, 0, hidden};
+        case kProductWgrad2: return {Gemm::kWgrad, hidden, inter};
+        default: return {Gemm::kWgrad, 2 * inter, hidden};
+    }
+}
 
 struct Order {
     int products;
@@ -49,24 +66,20 @@ MEGAMOE_HD constexpr int lag_for(int units, int units_per_expert, int experts) {
 // behind, both at once, is 2 to 4% slower with two ranks.)
 MEGAMOE_HD constexpr Order forward_order(int experts) { return {2, experts, {0, experts}}; }
 
-// dgrad1 trails dgrad2 so far that dgrad2's tiles of its expert are finished when it starts. The weight gradients trail
-// further: what is left of them when the last dgrad1 is done covers the sum of dX and the second pull of x. rows: of an
-// expert, on average.
-MEGAMOE_HD constexpr Order backward_order(int experts, int rows, int inter, int hidden, int clusters) {
+// dgrad1 trails dgrad2 so far that dgrad2's tiles of its expert are finished when it starts; the weight gradients follow
+// when dgrads are (nearly) done. Between dgrads they would keep memory busy, for which dgrad2's epilogue waits; behind
+// them they cover the sum of dX and the second pull of x. rows: of an expert, on average.
+MEGAMOE_HD constexpr Order backward_order(int experts, int rows, int inter, int clusters) {
     const int dgrad2 = num_units(rows > 0 ? rows : 1, ceil_div(inter, kTileN));
-    const int wgrads = num_units(hidden, ceil_div(inter, kTileN)) + num_units(2 * inter, ceil_div(hidden, kTileN));
-    const int first = lag_for(clusters, dgrad2, experts);
-    const int behind = lag_for(kWgradWaves * clusters, wgrads, experts);
-    const int last = first + behind < experts ? first + behind : experts;
-    return {4, experts, {0, first, last, last}};
+    return {4, experts, {0, lag_for(clusters, dgrad2, experts), experts, experts}};
 }
 
 // Units of one product of an expert with `rows` rows. Product: GemmParams, or what a CPU test has of it.
 template <class Product>
-MEGAMOE_HD constexpr int units_of(const Product& product, int rows) {
+MEGAMOE_HD constexpr int units_of(const Product& product, bool accumulate, int rows) {
     const int n_tiles = ceil_div(product.n_extent, tile_columns(product.gemm));
     // Nothing to add to a gradient without rows; but a first write must write its zeros.
-    if (product.gemm == Gemm::kWgrad) return rows == 0 && product.accumulate ? 0 : num_units(product.m_extent, n_tiles);
+    if (product.gemm == Gemm::kWgrad) return rows == 0 && accumulate ? 0 : num_units(product.m_extent, n_tiles);
     return num_units(rows, n_tiles);
 }
 
@@ -104,7 +117,8 @@ private:
     MEGAMOE_HD constexpr int units_here() const {
         const Segment segment = segment_at(order_, index_);
         if (segment.expert < 0 || !products_[segment.product].wanted) return 0;
-        return units_of(products_[segment.product], rows_[segment.expert]);
+        const Product& product = products_[segment.product];
+        return units_of(product, product.accumulate, rows_[segment.expert]);
     }
 
     const Product* products_;

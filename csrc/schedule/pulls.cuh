@@ -30,13 +30,9 @@ MEGAMOE_HD constexpr int pull_lead(int rows, int row_bytes) {
 // Where the frontier must be before a mover pulls rows of `expert`.
 MEGAMOE_HD constexpr int least_frontier(int expert, int lead) { return expert - lead; }
 
-// Whether warp `warp` of the producer warpgroup of CTA `rank` moves rows, and with which pull it begins. Every cluster
-// has movers for each of two pulls: if all began with dY, they could wait for units that wait for x.
+// Whether warp `warp` of the producer warpgroup of CTA `rank` moves rows: dY before x, since no unit that waits for x
+// comes before the last one that needs dY (backward_order).
 MEGAMOE_HD constexpr bool is_mover(int warp, int rank) { return warp == 3 || (warp == 1 && rank == 1); }
-MEGAMOE_HD constexpr int first_pull(int warp) { return warp == 1 ? 1 : 0; }
-
-// The i-th pull of a mover that begins with `first`.
-MEGAMOE_HD constexpr int pull_at(int first, int i, int num_pulls) { return (first + i) % num_pulls; }
 
 // Row tile that movers see pushed before they sweep over the tokens.
 MEGAMOE_HD constexpr int first_swept(int tiles) { return tiles * 3 / 4; }

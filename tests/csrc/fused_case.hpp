@@ -101,24 +101,20 @@ inline void plan(Case& work) {
 }
 
 inline void choose_products(Case& work, Random& random) {
-    const int inter = work.inter, hidden = work.hidden;
-    if (!work.backward) {
-        work.products[kProductFc1] = {Gemm::kFc1, 0, inter, 0, 1};
-        work.products[kProductFc2] = {Gemm::kFc2, 0, hidden, 0, 1};
-        work.num_pulls = 1;
-        return;
+    const int products = work.backward ? 4 : 2;
+    for (int product = 0; product < products; ++product) {
+        const ProductShape shape = product_shape(work.backward, product, work.inter, work.hidden);
+        const bool wgrad = shape.gemm == Gemm::kWgrad;
+        work.products[product] = {shape.gemm, shape.m_extent, shape.n_extent, wgrad && random.chance(70),
+                                  !wgrad || random.chance(80)};
     }
-    work.products[kProductDgrad2] = {Gemm::kDgrad2, 0, inter, 0, 1};
-    work.products[kProductDgrad1] = {Gemm::kDgrad1, 0, hidden, 0, 1};
-    work.products[kProductWgrad2] = {Gemm::kWgrad, hidden, inter, random.chance(70), random.chance(80)};
-    work.products[kProductWgrad1] = {Gemm::kWgrad, 2 * inter, hidden, random.chance(70), random.chance(80)};
-    work.num_pulls = work.products[kProductWgrad1].wanted ? 2 : 1;
+    work.num_pulls = work.backward && work.products[kProductWgrad1].wanted ? 2 : 1;
 }
 
 // The choices of csrc/host/fused.cu, for `even` rows of an expert.
 inline void choose_schedule(Case& work, int even) {
     const Product& first = work.products[0];
-    work.order = work.backward ? backward_order(work.local, even, work.inter, work.hidden, work.clusters)
+    work.order = work.backward ? backward_order(work.local, even, work.inter, work.clusters)
                                : forward_order(work.local);
     work.claim_rows = claim_rows(2 * work.hidden);
     work.first_rows = first_rows(first.gemm, first.n_extent, work.clusters);

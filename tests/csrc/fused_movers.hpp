@@ -103,6 +103,9 @@ struct Summer {
         ++world.ranks[r].sums[token];
     }
 
+    // Whether it has taken tokens and not summed them yet.
+    bool summing() const { return state == 2; }
+
     bool all_taken(const Rank& rank) const {
         return std::all_of(rank.taken.begin(), rank.taken.end(), [](char taken) { return taken != 0; });
     }

@@ -74,9 +74,9 @@ MUTATIONS = {
     "fused: rows pulled before they are announced": (
         "roles/pull.cuh", "        wait_for_peers(peers, source.rank, expected, seen);\n", "", PEERS),
     "fused: arrived before they are pulled": (
-        "roles/pull.cuh", "        if (until == kAllRows && lane == 0) wait_for_frontier",
+        "roles/pull.cuh", "        if (until == kAllRows) wait_for_frontier",
         "        if (lane == 0) add_counter(params.counters.arrived + which * params.tiles + first / kRowTile,"
-        " params.claim_rows);\n        if (until == kAllRows && lane == 0) wait_for_frontier", PEERS),
+        " params.claim_rows);\n        if (until == kAllRows) wait_for_frontier", PEERS),
     "fused: acknowledged by nobody": (
         "roles/pull.cuh", "            count_pulled(params, which, params.claim_rows, rows + 1);", "", PEERS),
     "summed in sweeps before it is there": (

@@ -22,8 +22,10 @@ WALK, MOVERS = "walk_fused.cpp", "fused_movers.hpp"
 SHARES = "ceil_div(n_extent, tile_columns(gemm)) * warpgroups_of(rows, m_tile)"
 MUTATIONS = {
     # what: (file, text, what replaces it, words of which one must stand in the failure)
-    "all movers begin with the first pull": (PULLS, "return warp == 1 ? 1 : 0;", "return 0;", ["deadlock"]),
-    "the second pull has no mover": (PULLS, "return (first + i) % num_pulls;", "return 0;", ["deadlock", "a row"]),
+    "weight gradients between dgrads": (
+        ORDER, "return {4, experts, {0, lag_for(clusters, dgrad2, experts), experts, experts}};",
+        "const int lag = lag_for(clusters, dgrad2, experts);\n    return {4, experts, {0, lag, lag, lag}};", ["deadlock"]),
+    "the second pull has no mover": (WALK, "puller.which = state,", "puller.which = 0,", ["deadlock", "a row"]),
     "the frontier stays where it is": (
         WALK, "here.frontier[pull] = std::max(here.frontier[pull], job.expert);", ";", ["deadlock"]),
     "one expert less of the lead": (PULLS, "return expert - lead;", "return expert - lead + 1;", ["deadlock"]),
