@@ -46,7 +46,8 @@ void write_schedule(int64_t local, int64_t rows, int64_t inter, int64_t hidden, 
     const int i = static_cast<int>(inter), h = static_cast<int>(hidden);
     const Order forward = forward_order(experts), backward = backward_order(experts, each, i, sides);
     const int64_t answers[] = {forward.lag[kProductFc2], backward.lag[kProductDgrad1], backward.lag[kProductWgrad2],
-                               waves_of(forward, false, i, h, each, sides), waves_of(backward, true, i, h, each, sides)};
+                               waves_of(forward, false, i, h, each, sides),
+                               waves_of(backward, true, i, h, each, sides)};
     std::memcpy(longs(out, 5, "out"), answers, sizeof(answers));
 }
 

@@ -4,9 +4,9 @@
 
 namespace megamoe {
 
-// One look, by one thread that has waited since `start` (0: since now), at whether the counter has come to `least`. What
-// was done before the adds (red.release.gpu) is then visible to this thread (ld.acquire.gpu). For the async proxy a
-// fence.proxy.async must follow.
+// One look, by one thread that has waited since `start` (0: since now), at whether the counter has come to `least`.
+// What was done before the adds (red.release.gpu) is then visible to this thread (ld.acquire.gpu). For the async proxy
+// a fence.proxy.async must follow.
 template <int kSleepNs = 20>
 __device__ __forceinline__ bool counter_there(const Peers& peers, const int* counter, int least, Waiting what,
                                               unsigned long long& start) {
@@ -27,8 +27,7 @@ __device__ __forceinline__ bool counter_there(const Peers& peers, const int* cou
 template <int kSleepNs = 20>
 __device__ __forceinline__ void wait_counter(const Peers& peers, const int* counter, int least, Waiting what) {
     unsigned long long start = 0;
-    while (!counter_there<kSleepNs>(peers, counter, least, what, start)) {
-    }
+    while (!counter_there<kSleepNs>(peers, counter, least, what, start)) {}
     random_delay();
 }
 

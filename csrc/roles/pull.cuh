@@ -64,8 +64,8 @@ __device__ __forceinline__ void wait_for_frontier(const FusedParams& params, int
     const int* frontier = params.counters.frontier + which;
     const int least = least_frontier(expert, params.pull_lead);
     for (unsigned long long start = 0;; meanwhile()) {
-        const bool there = (threadIdx.x & 31) == 0 &&
-                           counter_there<200>(params.peers, frontier, least, Waiting::kFrontier, start);
+        const bool there =
+            (threadIdx.x & 31) == 0 && counter_there<200>(params.peers, frontier, least, Waiting::kFrontier, start);
         if (__shfl_sync(0xffffffffu, there, 0)) return;
     }
 }

@@ -114,8 +114,8 @@ inline void choose_products(Case& work, Random& random) {
 // The choices of csrc/host/fused.cu, for `even` rows of an expert.
 inline void choose_schedule(Case& work, int even) {
     const Product& first = work.products[0];
-    work.order = work.backward ? backward_order(work.local, even, work.inter, work.clusters)
-                               : forward_order(work.local);
+    work.order =
+        work.backward ? backward_order(work.local, even, work.inter, work.clusters) : forward_order(work.local);
     work.claim_rows = claim_rows(2 * work.hidden);
     work.first_rows = first_rows(first.gemm, first.n_extent, work.clusters);
     work.pull_lead = pull_lead(even, 2 * work.hidden);

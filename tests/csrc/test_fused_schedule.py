@@ -24,7 +24,8 @@ MUTATIONS = {
     # what: (file, text, what replaces it, words of which one must stand in the failure)
     "weight gradients between dgrads": (
         ORDER, "return {4, experts, {0, lag_for(clusters, dgrad2, experts), experts, experts}};",
-        "const int lag = lag_for(clusters, dgrad2, experts);\n    return {4, experts, {0, lag, lag, lag}};", ["deadlock"]),
+        "const int lag = lag_for(clusters, dgrad2, experts);\n    return {4, experts, {0, lag, lag, lag}};",
+        ["deadlock"]),
     "the second pull has no mover": (WALK, "puller.which = state,", "puller.which = 0,", ["deadlock", "a row"]),
     "the frontier stays where it is": (
         WALK, "here.frontier[pull] = std::max(here.frontier[pull], job.expert);", ";", ["deadlock"]),
