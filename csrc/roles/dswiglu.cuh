@@ -15,8 +15,7 @@ __device__ __forceinline__ void load_h_blocks(uint32_t rows, int j, HBlocks& h) 
     ptx::load_matrix_x4(block_address(rows, j) + kPartBytes, h.u);
 }
 
-// One chunk of a warp; `rows` is the address of its 16 gate rows in the stage.
-template <int kChunk>
+// One chunk of a warp, the first in the accumulators; `rows` is the address of its 16 gate rows in the stage.
 __device__ __forceinline__ void dswiglu_chunk(uint32_t rows, float2 p, Pair limit, float2& dp, const float (&d)[128]) {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
@@ -26,7 +25,7 @@ __device__ __forceinline__ void dswiglu_chunk(uint32_t rows, float2 p, Pair limi
         PairGrad grad[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float* da_bar = &d[4 * (kChunk * 8 + j) + 2 * i];
+            const float* da_bar = &d[4 * j + 2 * i];
             grad[i] = swiglu_grad(now.g[i], now.u[i], i % 2 ? p.y : p.x, da_bar, limit, i % 2 ? dp.y : dp.x);
         }
         const uint32_t at = block_address(rows, j);
@@ -51,34 +50,34 @@ __device__ __forceinline__ void store_dp(const GemmParams& params, const Share& 
     if (lane % 4 == 0 && row + 8 < share.rows_left) out[8 * n_tiles] = dp.y;
 }
 
-template <int kChunk>
-__device__ __forceinline__ void dswiglu_step(SharedStorage& shared, const GemmParams& params, const Share& share,
-                                             WarpPlace place, int chunks, float2 p, float2& dp, const float (&d)[128],
-                                             Position& position, Trace& trace) {
-    const OutputPlace output = position.next_output<Gemm::kDgrad2>(kChunk);
-    const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
-    if (kChunk == 0) trace.mark(Mark::kFirstOutput);
-    if (kChunk < chunks) {
-        dswiglu_chunk<kChunk>(rows, p, params.limit, dp, d);
-        // Before the last hand-over, so that what the storer announces of this tile covers dp too.
-        if (kChunk == chunks - 1) store_dp(params, share, place.row - place.warpgroup * kWarpgroupM, dp);
-        publish_output(shared, place.warpgroup, output);
-    } else {
-        release_output(shared, output, 1);
-    }
+// The next chunk's accumulators become the first.
+__device__ __forceinline__ void shift_chunk(float (&d)[128]) {
+    constexpr int kValues = 128 * kChunkColumns / kTileN;
+#pragma unroll
+    for (int i = 0; i < 128 - kValues; ++i) d[i] = d[i + kValues];
 }
 
-// The ring holds `stages` chunks, of which this CTA's column tile has the first `chunks`.
+// The ring holds `stages` chunks, of which this CTA's column tile has the first `chunks`. A loop, for which the
+// accumulators move: unrolled it is 51 KB of instructions, which the other roles' drive out of their cache.
 __device__ __forceinline__ void dswiglu_epilogue(SharedStorage& shared, const GemmParams& params, const Share& share,
-                                                 WarpPlace place, int stages, float2 p, const float (&d)[128],
+                                                 WarpPlace place, int stages, float2 p, float (&d)[128],
                                                  Position& position, Trace& trace) {
     const int chunks = dswiglu_chunks(params.n_extent, share.n_tile);
     float2 dp = {0.0f, 0.0f};
-    dswiglu_step<0>(shared, params, share, place, chunks, p, dp, d, position, trace);
-    dswiglu_step<1>(shared, params, share, place, chunks, p, dp, d, position, trace);
-    if (stages > 2) {
-        dswiglu_step<2>(shared, params, share, place, chunks, p, dp, d, position, trace);
-        dswiglu_step<3>(shared, params, share, place, chunks, p, dp, d, position, trace);
+#pragma unroll 1
+    for (int chunk = 0; chunk < stages; ++chunk) {
+        const OutputPlace output = position.next_output<Gemm::kDgrad2>(chunk);
+        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
+        if (chunk == 0) trace.mark(Mark::kFirstOutput);
+        if (chunk < chunks) {
+            dswiglu_chunk(rows, p, params.limit, dp, d);
+            // Before the last hand-over, so that what the storer announces of this tile covers dp too.
+            if (chunk == chunks - 1) store_dp(params, share, place.row - place.warpgroup * kWarpgroupM, dp);
+            publish_output(shared, place.warpgroup, output);
+        } else {
+            release_output(shared, output, 1);
+        }
+        shift_chunk(d);
     }
 }
 

@@ -68,18 +68,22 @@ __device__ __forceinline__ uint32_t float_address(uint32_t rows, int j, int half
 }
 
 // 32 columns of fp32, added to what the part holds or written. All loads go first: one by one, each store would wait
-// out a load's latency.
+// out a load's latency. Odd rows take blocks j ^ 2, so that the accesses of half a warp fall into all banks.
 __device__ __forceinline__ void put_floats(uint32_t rows, const float* v, bool add) {
+    const bool odd = (threadIdx.x & 4) != 0;
+    const uint32_t turned = odd ? 64 : 0;  // bytes between blocks j and j ^ 2, in the swizzle too
     float2 old[4][2] = {};
     if (add) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) old[i / 2][i % 2] = ptx::load_shared_v2(float_address(rows, i / 2, i % 2));
+        for (int i = 0; i < 8; ++i) old[i / 2][i % 2] = ptx::load_shared_v2(float_address(rows, i / 2, i % 2) ^ turned);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
+        const int other = i ^ 4;
         const float2 was = old[i / 2][i % 2];
-        ptx::store_shared_v2(float_address(rows, i / 2, i % 2), __fadd_rn(was.x, v[2 * i]),
-                             __fadd_rn(was.y, v[2 * i + 1]));
+        ptx::store_shared_v2(float_address(rows, i / 2, i % 2) ^ turned,
+                             __fadd_rn(was.x, odd ? v[2 * other] : v[2 * i]),
+                             __fadd_rn(was.y, odd ? v[2 * other + 1] : v[2 * i + 1]));
     }
 }
 
