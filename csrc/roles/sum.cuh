@@ -1,9 +1,9 @@
 // Sum role of the fused kernels: y (or dx) of a token is the sum of its combine slots, fp32, k ascending, rounded once.
 //
-// While there is other work, movers sweep over blocks of 32 tokens and take those whose slots are all filled, also when
-// a pull makes them wait. Math
-// warps that have no more units take turns instead, two tokens each: one round for those that are filled, and one that
-// waits for the rest. (By sweeps many warps would look for few tokens at the end.)
+// While there is other work, movers sweep over blocks of 32 tokens and take those whose slots are all filled, in
+// backward also when a pull makes them wait. Math warps that have no more units take turns instead, two tokens each:
+// one round for those that are filled, and one that waits for the rest. (By sweeps many warps would look for few tokens
+// at the end.)
 #pragma once
 #include "roles/combine.cuh"
 #include "roles/fused_params.cuh"
@@ -292,6 +292,7 @@ __device__ __forceinline__ void sum_in_sweeps(const FusedParams& params, Sweep& 
     const uint32_t epoch = static_cast<uint32_t>(state_word(params.peers, kStateOpEpoch));
     wait_for_all_peers(params.peers, expected_ready(params), seen);
     unsigned long long start = ptx::global_nanoseconds();  // of the time in which this warp has found nothing
+    sweep.idle = 0;  // others may have taken all tokens: found out after a few blocks
     while (true) {
         // One lane decides for the warp: another one might read a newer number and leave alone.
         const int turns = lane == 0 ? ptx::load_relaxed_gpu(params.counters.turns + 1) : 0;
