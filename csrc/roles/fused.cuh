@@ -104,8 +104,8 @@ __device__ __forceinline__ void count_made(const FusedParams& params, const Unit
     __syncwarp();
 }
 
-// Brings h of a unit of dgrad2 into L2 while its products run, in small portions: other clusters' gradients keep memory
-// busy, and what the epilogue asked for at its end would come late.
+// Brings h of a unit of dgrad2 into L2 while its products run, in small portions: where memory is busy, what the
+// epilogue asked for at its end would come late.
 __device__ __forceinline__ void prefetch_h(const FusedParams& params, const GemmParams& dgrad2, const UnitSlot& slot,
                                            int rank) {
     constexpr int kLineColumns = 64, kLines = 8;  // of 128 bytes: four of gate, four of up
@@ -246,6 +246,7 @@ __device__ __forceinline__ void fused_math(SharedStorage& shared, const FusedPar
     // Behind a condition: where math warps cannot come to the kernel's end, ptxas gives their products no more than the
     // launch's 168 registers, and the epilogues of dgrad2 and fc1 spill.
     if (params.tokens > 0) sum_and_leave(params, trace);
+    trace.tie(CtaMark::kClockEnd, CtaMark::kGlobalEnd);
 }
 
 // Nothing to do: an overflow or a bad id, judged alike on every rank. The staged rows are given back unread.

@@ -66,7 +66,7 @@ __device__ __forceinline__ void wait_for_frontier(const FusedParams& params, int
     for (unsigned long long start = 0;; meanwhile()) {
         const bool there =
             (threadIdx.x & 31) == 0 && counter_there<200>(params.peers, frontier, least, Waiting::kFrontier, start);
-        if (__shfl_sync(0xffffffffu, there, 0)) return;
+        if (__shfl_sync(0xffffffffu, there, 0)) return random_delay();
     }
 }
 

@@ -15,7 +15,8 @@ constexpr int kThreads = 128 * (1 + kMathWarpgroups);
 constexpr int kWarpRows = 16;  // rows of a math warp
 
 // Registers per thread. The launch bound gives 168; the producer warpgroup hands its share to the math warpgroups. With
-// these neither spills (build/kernels/**/*.log). More than the launch has would be waited for without end.
+// these the products spill next to nothing (build/kernels/**/*.log). More than the launch has would be waited for
+// without end.
 constexpr int kLaunchRegisters = 168;
 constexpr int kProducerRegisters = 104;  // a mover that pulls also sums, six 16-byte loads per lane in flight
 constexpr int kMathRegisters = 200;

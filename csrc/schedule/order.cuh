@@ -66,9 +66,9 @@ MEGAMOE_HD constexpr int lag_for(int units, int units_per_expert, int experts) {
 // behind, both at once, is 2 to 4% slower with two ranks.)
 MEGAMOE_HD constexpr Order forward_order(int experts) { return {2, experts, {0, experts}}; }
 
-// dgrad1 trails dgrad2 so far that dgrad2's tiles of its expert are finished when it starts; the weight gradients
-// follow when dgrads are (nearly) done. Between dgrads they would keep memory busy, for which dgrad2's epilogue waits;
-// behind them they cover the sum of dX and the second pull of x. rows: of an expert, on average.
+// dgrad1 trails dgrad2 so far that dgrad2's tiles of its expert are finished when it starts; the weight gradients begin
+// when dgrad2 is through. Earlier they would keep memory busy, for which dgrad2's epilogue waits; where dgrad1's lag is
+// small beside the experts, they cover the sum of dX and the second pull of x. rows: of an expert, on average.
 MEGAMOE_HD constexpr Order backward_order(int experts, int rows, int inter, int clusters) {
     const int dgrad2 = num_units(rows > 0 ? rows : 1, ceil_div(inter, kTileN));
     return {4, experts, {0, lag_for(clusters, dgrad2, experts), experts, experts}};

@@ -31,7 +31,7 @@ MEGAMOE_HD constexpr int pull_lead(int rows, int row_bytes) {
 MEGAMOE_HD constexpr int least_frontier(int expert, int lead) { return expert - lead; }
 
 // Whether warp `warp` of the producer warpgroup of CTA `rank` moves rows: dY before x, since no unit that waits for x
-// comes before the last one that needs dY (backward_order).
+// comes before the last one that waits for dY (backward_order).
 MEGAMOE_HD constexpr bool is_mover(int warp, int rank) { return warp == 3 || (warp == 1 && rank == 1); }
 
 // Row tile that movers see pushed before they sweep over the tokens.
