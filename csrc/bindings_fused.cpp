@@ -25,7 +25,7 @@ uint8_t* bytes_of(const Tensor& tensor, int64_t least, const char* name) {
     return elements<uint8_t>(tensor, ScalarType::Byte, least, name);
 }
 
-// out: int64 [9] on the CPU, in the order of ScratchLayout.
+// out: int64 [8] on the CPU, in the order of ScratchLayout.
 void write_scratch_layout(int64_t capacity, int64_t tokens, int64_t hidden, int64_t inter, Tensor out) {
     const ScratchLayout layout = scratch_layout(capacity, tokens, hidden, inter);
     std::memcpy(longs(out, sizeof(layout) / 8, "out"), &layout, sizeof(layout));
@@ -132,7 +132,6 @@ void backward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, Opti
     args.dweights = floats(dweights, args.tokens * args.workspace.top_k, "dweights");
     const ScratchLayout layout = layout_of(args);
     uint8_t* base = bytes_of(more, dfc1 ? layout.more_bytes : layout.second_pool, "more");
-    args.dh = base + layout.dh;
     args.dp_partials = reinterpret_cast<float*>(base + layout.dp_partials);
     args.second_pool = dfc1 ? base + layout.second_pool : nullptr;
     run_step(step, args);
@@ -275,7 +274,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
         " int stream) -> ()");
     m.def(
         "fused_backward(int step, Tensor handle, int capacity, Tensor tables, Tensor? source_of, Tensor dy, Tensor x,"
-        " Tensor weights, Tensor h, Tensor maps, Tensor? dfc1, Tensor? dfc2, bool accumulate1, bool accumulate2,"
+        " Tensor weights, Tensor(e!) h, Tensor maps, Tensor? dfc1, Tensor? dfc2, bool accumulate1, bool accumulate2,"
         " Tensor(a!) dx, Tensor(b!) dweights, Tensor(c!) scratch, Tensor(d!) more, float limit, int num_sms,"
         " int stream) -> ()");
     m.def(
@@ -283,7 +282,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
         " Tensor places, Tensor maps, int inter, Tensor? planned, int capacity, int status, float limit, int stream)"
         " -> Tensor[]");
     m.def(
-        "plain_backward(Tensor handle, int capacity, Tensor tables, Tensor dy, Tensor x, Tensor weights, Tensor h,"
+        "plain_backward(Tensor handle, int capacity, Tensor tables, Tensor dy, Tensor x, Tensor weights, Tensor(c!) h,"
         " Tensor maps, Tensor[] fc1, Tensor[] fc2, Tensor places, Tensor(a!)[] dfc1, Tensor(b!)[] dfc2,"
         " Tensor gradient_places, Tensor table1, Tensor table2, float limit, int stream) -> Tensor[]");
 }

@@ -216,13 +216,13 @@ def _layer_kept(model: ModelShape, layout: Layout, tokens: int, item: int, *, mo
 
 def _layer_moment(model: ModelShape, layout: Layout, tokens: int, item: int, *, moe: bool) -> int:
     """What a layer's backward needs beside what is kept: its recomputed activations, the larger of attention's
-    scores and the experts' row pools (dispatched rows, a, dh), and the gradient of its input."""
+    scores and the experts' row pools (dispatched dY and x, a; dh takes h's place), and the gradient of its input."""
     again = layout.recompute == "full"
     recomputed = _layer_whole(model, layout, tokens, item, moe=moe) if again else 0
     if "moe" in layout.recompute.split("+") and moe:
         recomputed += _moe_kept(model, tokens, item)
     rows = int(tokens * model.top_k * ROWS_OVER_MEAN) if moe else 0
-    pools = rows * (2 * model.hidden + 3 * model.expert_width) * item
+    pools = rows * (2 * model.hidden + model.expert_width) * item
     unfused = 0 if layout.fused_attention else _scores(model, tokens, item)
     return recomputed + max(pools, unfused) + 2 * tokens * model.hidden * item
 

@@ -67,7 +67,6 @@ class Scratch(NamedTuple):
     row_weights: int
     counters: int
     bytes: int
-    dh: int
     dp_partials: int
     second_pool: int  # a backward without the gradient of fc1 ends before it
     more_bytes: int
@@ -169,6 +168,7 @@ class ForwardCall(_Call):
 class BackwardCall(_Call):
     """dx [T, H] bf16 and dweights [T, K] fp32 for dy [T, H] bf16; the experts' gradients go where the tables say.
 
+    h, forward's, is spent: its gradient dh takes its place, tile by tile.
     dfc1, dfc2: None computes no gradient of that weight. accumulate1 (of fc1), accumulate2 (of fc2): add or write.
     """
 
@@ -188,7 +188,7 @@ class BackwardCall(_Call):
 
     @property
     def dh(self) -> Tensor:
-        return self._part(self.more, self.layout.dh, 2 * self.maps.inter)
+        return self.h
 
     @property
     def dp_partials(self) -> Tensor:

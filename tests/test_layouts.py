@@ -63,8 +63,8 @@ def test_scratch_of_a_launch(capacity, tokens, hidden, inter):
     counters = 9 + 4 * (capacity // 128) + (tokens + 31) // 32
     check_regions(list(layout[:5]), [2 * capacity * hidden, 2 * capacity * inter, 4 * capacity, 4 * counters])
     partials = 4 * capacity * -(-inter // ops_fused.DP_TILE)
-    check_regions(list(layout[5:]), [4 * capacity * inter, partials, 2 * capacity * hidden])
-    assert layout.pool == layout.dh == 0
+    check_regions(list(layout[5:]), [partials, 2 * capacity * hidden])
+    assert layout.pool == layout.dp_partials == 0
 
 
 def test_schedule_of_a_launch():
@@ -83,7 +83,7 @@ def test_views_of_scratch_have_the_pools_shapes():
     call.plan, call.maps, call.hidden = SimpleNamespace(capacity=256), SimpleNamespace(inter=384), 512
     call.layout = layout
     call.scratch, call.more = (torch.zeros(size, dtype=torch.uint8) for size in (layout.bytes, layout.more_bytes))
-    shapes = {"pool": (256, 512), "act": (256, 384), "row_weights": (256,), "dh": (256, 768),
+    shapes = {"pool": (256, 512), "act": (256, 384), "row_weights": (256,),
               "dp_partials": (256, 2), "second_pool": (256, 512)}  # fmt: skip
     for name, shape in shapes.items():
         view = getattr(call, name)

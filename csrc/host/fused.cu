@@ -92,17 +92,17 @@ void backward_products(const FusedArgs& args, GemmParams* products) {
     GemmParams& dgrad2 = products[kProductDgrad2] = product_of(kProductDgrad2, args);
     dgrad2.a = map_of(MapKind::kActivation, args.pool, args, hidden);
     dgrad2.b = map_of(MapKind::kWeight, args.h, args, 2 * inter);
-    dgrad2.out = map_of(MapKind::kOutput, args.dh, args, 2 * inter);
+    dgrad2.out = map_of(MapKind::kOutput, args.h, args, 2 * inter);  // dh: each tile where its h was
     dgrad2.act = map_of(MapKind::kOutput, args.act, args, inter);
     dgrad2.expert_maps = static_cast<const CUtensorMap*>(args.maps[0]);
     dgrad2.dp_partials = args.dp_partials;
     dgrad2.k_blocks = static_cast<int>(hidden / kBlockK);
     GemmParams& dgrad1 = products[kProductDgrad1] = product_of(kProductDgrad1, args);
-    dgrad1.a = map_of(MapKind::kActivation, args.dh, args, 2 * inter);
+    dgrad1.a = map_of(MapKind::kActivation, args.h, args, 2 * inter);
     dgrad1.expert_maps = static_cast<const CUtensorMap*>(args.maps[1]);
     dgrad1.k_blocks = static_cast<int>(2 * inter / kBlockK);
     products[kProductWgrad2] = wgrad_of(args, 0, args.pool, args.act);
-    products[kProductWgrad1] = wgrad_of(args, 1, args.dh, args.second_pool);
+    products[kProductWgrad1] = wgrad_of(args, 1, args.h, args.second_pool);
 }
 
 // A bit per staging buffer that this operation fills: dY in 1, x in 0.

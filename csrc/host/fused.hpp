@@ -21,12 +21,11 @@ struct FusedArgs {
     float* dweights;       // [T, K]; backward
 
     // Row pools, bf16; all but h are scratch: layout/scratch.cuh.
-    void* h;             // [capacity, 2I]
+    void* h;             // [capacity, 2I]; backward replaces it by dh
     void* pool;          // [capacity, H] x, or dy in backward
     void* act;           // [capacity, I]
     float* row_weights;  // [capacity]
     int* counters;       // [counter_ints]
-    void* dh;            // [capacity, 2I]; backward
     float* dp_partials;  // [capacity, ceil(I / 256)]; backward
     void* second_pool;   // [capacity, H] x in backward; null: wgrad1 is not wanted
 

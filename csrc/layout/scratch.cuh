@@ -20,7 +20,6 @@ struct ScratchLayout {
     int64_t counters;     // i32 [counter_ints]
     int64_t bytes;        // of the first allocation
 
-    int64_t dh;           // bf16 [capacity, 2I]
     int64_t dp_partials;  // f32 [capacity, ceil(I / kDpTile)]
     int64_t second_pool;  // bf16 [capacity, H]: x. Last: a backward without the gradient of fc1 has none
     int64_t more_bytes;   // of the second allocation, second_pool included
@@ -39,7 +38,6 @@ MEGAMOE_BOTH constexpr ScratchLayout scratch_layout(int64_t capacity, int64_t to
     layout.counters = next, next += align_region(counter_ints(capacity, tokens) * 4);
     layout.bytes = next;
     next = 0;
-    layout.dh = next, next += align_region(capacity * 2 * inter * 2);
     layout.dp_partials = next, next += align_region(capacity * ((inter + kDpTile - 1) / kDpTile) * 4);
     layout.second_pool = next, next += align_region(capacity * hidden * 2);
     layout.more_bytes = next;

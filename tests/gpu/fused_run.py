@@ -52,7 +52,7 @@ def one_rank(layer: Layer, rank: int, *, backward: bool = True, num_sms: int = 0
             result.dfc1, result.dfc2 = gradients(layer, rank)
             tables = ops.GradientTable.of(result.dfc1), ops.GradientTable.of(result.dfc2)
             result.dx, result.dweights = ops_fused.backward(
-                plan, layer.dys[rank], x, h, p, maps, *tables, accumulate1=False, accumulate2=False, **options
+                plan, layer.dys[rank], x, h.clone(), p, maps, *tables, accumulate1=False, accumulate2=False, **options
             )
         torch.cuda.synchronize()
     workspace.close()
@@ -110,7 +110,7 @@ class VirtualRanks:
                 lambda plan, dy, x, h, p, maps, tables: ops_fused.BackwardCall(
                     plan, dy, x, h, p, maps, *tables, accumulate1=add, accumulate2=add, **self._options(layer)
                 ),
-                plans, layer.dys, layer.xs, [result.h for result in results], layer.ps, self._maps(layer), tables,
+                plans, layer.dys, layer.xs, [result.h.clone() for result in results], layer.ps, self._maps(layer), tables,
             )  # fmt: skip
             for result, call in zip(results, self._launch(calls), strict=True):
                 result.dx, result.dweights = call.dx, call.dweights
