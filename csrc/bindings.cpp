@@ -84,7 +84,7 @@ void grouped_gemm(int64_t gemm, Tensor a, OptionalTensor b, OptionalTensor h, Op
     args.act = pool(act, rows, "act");
     args.pool_rows = rows;
     args.expert_maps = expert_maps.data_ptr();
-    args.gradients = gradients ? static_cast<float* const*>(gradients->data_ptr()) : nullptr;
+    args.gradients = gradients ? static_cast<void* const*>(gradients->data_ptr()) : nullptr;
     args.expert_rows = ints(expert_rows, 1, "expert_rows");
     args.expert_offset = ints(expert_offset, num_experts, "expert_offset");
     args.num_experts = static_cast<int>(num_experts);

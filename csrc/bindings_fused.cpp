@@ -32,10 +32,10 @@ void write_scratch_layout(int64_t capacity, int64_t tokens, int64_t hidden, int6
 }
 
 // Waves of units: one for each of `clusters` clusters; every expert has `rows` rows.
-int64_t waves_of(const Order& order, bool backward, int inter, int hidden, int rows, int clusters) {
+int64_t waves_of(const Order& order, Pass pass, int inter, int hidden, int rows, int clusters) {
     int64_t units = 0;
     for (int product = 0; product < order.products; ++product) {
-        units += int64_t{order.experts} * units_of(product_shape(backward, product, inter, hidden), true, rows);
+        units += int64_t{order.experts} * units_of(product_shape(pass, product, inter, hidden), true, rows);
     }
     return (units + clusters - 1) / clusters;
 }
@@ -46,8 +46,8 @@ void write_schedule(int64_t local, int64_t rows, int64_t inter, int64_t hidden, 
     const int i = static_cast<int>(inter), h = static_cast<int>(hidden);
     const Order forward = forward_order(experts), backward = backward_order(experts, each, i, sides);
     const int64_t answers[] = {forward.lag[kProductFc2], backward.lag[kProductDgrad1], backward.lag[kProductWgrad2],
-                               waves_of(forward, false, i, h, each, sides),
-                               waves_of(backward, true, i, h, each, sides)};
+                               waves_of(forward, Pass::kForward, i, h, each, sides),
+                               waves_of(backward, Pass::kBackward, i, h, each, sides)};
     std::memcpy(longs(out, 5, "out"), answers, sizeof(answers));
 }
 
@@ -94,9 +94,9 @@ void set_weights(FusedArgs& args, const Tensor& maps, WeightMaps first, WeightMa
 void set_gradients(FusedArgs& args, int which, const OptionalTensor& table, bool accumulate, const char* name) {
     if (!table) return;
     const int64_t local = local_experts(args), maps = local * kMapBytes;
-    const uint8_t* base = bytes_of(*table, maps + local * int64_t{sizeof(float*)}, name);
+    const uint8_t* base = bytes_of(*table, maps + local * int64_t{sizeof(void*)}, name);
     args.gradient_maps[which] = base;
-    args.gradients[which] = reinterpret_cast<float* const*>(base + maps);
+    args.gradients[which] = reinterpret_cast<void* const*>(base + maps);
     args.accumulate[which] = accumulate;
 }
 
@@ -120,11 +120,11 @@ void forward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, Optio
 
 void backward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, OptionalTensor source_of, Tensor dy,
               Tensor x, Tensor weights, Tensor h, Tensor maps, OptionalTensor dfc1, OptionalTensor dfc2,
-              bool accumulate1, bool accumulate2, Tensor dx, Tensor dweights, Tensor scratch, Tensor more, double limit,
+              bool accumulate1, bool accumulate2, bool in_bf16, Tensor dx, Tensor dweights, Tensor scratch, Tensor more, double limit,
               int64_t num_sms, int64_t stream) {
     FusedArgs args =
         common_args(handle, capacity, tables, source_of, x, weights, h, dx, scratch, limit, num_sms, stream);
-    args.backward = true;
+    args.pass = in_bf16 ? Pass::kBackwardBf16 : Pass::kBackward;
     set_weights(args, maps, kFc2ForDgrad2, kFc1ForDgrad1);
     set_gradients(args, 0, dfc2, accumulate2, "dfc2");
     set_gradients(args, 1, dfc1, accumulate1, "dfc1");
@@ -255,7 +255,7 @@ std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor table
         dweights = torch::stable::new_empty(x, {tokens, workspace.top_k}, ScalarType::Float);
         more = new_bytes(x, layout.more_bytes);
     } catch (const std::exception&) { return {}; }
-    backward(kBoth, handle, capacity, tables, {}, dy, x, weights, h, maps, table1, table2, true, true, *dx, *dweights,
+    backward(kBoth, handle, capacity, tables, {}, dy, x, weights, h, maps, table1, table2, true, true, false, *dx, *dweights,
              *scratch, *more, limit, 0, stream);
     return {*dx, *dweights};
 }
@@ -275,8 +275,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
     m.def(
         "fused_backward(int step, Tensor handle, int capacity, Tensor tables, Tensor? source_of, Tensor dy, Tensor x,"
         " Tensor weights, Tensor(e!) h, Tensor maps, Tensor? dfc1, Tensor? dfc2, bool accumulate1, bool accumulate2,"
-        " Tensor(a!) dx, Tensor(b!) dweights, Tensor(c!) scratch, Tensor(d!) more, float limit, int num_sms,"
-        " int stream) -> ()");
+        " bool in_bf16, Tensor(a!) dx, Tensor(b!) dweights, Tensor(c!) scratch, Tensor(d!) more, float limit,"
+        " int num_sms, int stream) -> ()");
     m.def(
         "plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor weights, Tensor[] fc1, Tensor[] fc2,"
         " Tensor places, Tensor maps, int inter, Tensor? planned, int capacity, int status, float limit, int stream)"

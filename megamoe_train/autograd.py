@@ -28,7 +28,8 @@ class WeightGradSink(Protocol):
         """A buffer of weight's shape, fp32 (fp64 for fp64), that backward adds to; None: compute a fresh gradient."""
 
     def finish(self, weight: Tensor, grad: Tensor | None) -> Tensor | None:
-        """What backward returns to autograd for `weight`; `grad` is the fresh gradient, None if a buffer took it."""
+        """What backward returns to autograd for `weight`; `grad` is the fresh gradient in weight's dtype or wider, None if
+        a buffer took it."""
 
 
 class ReturnGrads:
@@ -105,8 +106,9 @@ class MoE(torch.autograd.Function):
                 dx, dweights = done[0] if wants_x else None, done[1] if wants_weights else None
                 return None, None, dx, dweights, *[call.sink.finish(weight, None) for weight in ctx.experts]
         n = call.num_fc1
-        first, overwrite1 = _buffers(call.sink, ctx.experts[:n], wanted[:n], given[:n])
-        second, overwrite2 = _buffers(call.sink, ctx.experts[n:], wanted[n:], given[n:])
+        narrow = call.backend.writes_bf16 and all(buffer is None for buffer in given)
+        first, overwrite1 = _buffers(call.sink, ctx.experts[:n], wanted[:n], given[:n], narrow)
+        second, overwrite2 = _buffers(call.sink, ctx.experts[n:], wanted[n:], given[n:], narrow)
         grads = call.backend.backward(
             dy, x, h, call.plan, weights, per_expert(experts[:n]), per_expert(experts[n:]),
             clamp=call.clamp, group=call.group, need=call.need,
@@ -126,12 +128,14 @@ class _Buffer:
     def __init__(self, sink: WeightGradSink, weight: Tensor, given: Tensor | None):
         self.sink, self.weight, self.given = sink, weight, given
         self.fresh: Tensor | None = None
+        if given is not None and given.dtype != reference.wide(weight.dtype):
+            allowed = reference.wide(weight.dtype)
+            raise ValueError(f"wgrad_sink: got a buffer of {given.dtype}; allowed: {allowed}, which is added to")
 
-    def make(self, fill: Callable[..., Tensor]) -> None:
+    def make(self, fill: Callable[..., Tensor], narrow: bool) -> None:
         if self.given is None:
-            self.fresh = fill(
-                self.weight, dtype=reference.wide(self.weight.dtype), memory_format=torch.contiguous_format
-            )
+            dtype = self.weight.dtype if narrow else reference.wide(self.weight.dtype)
+            self.fresh = fill(self.weight, dtype=dtype, memory_format=torch.contiguous_format)
 
     @property
     def tensor(self) -> Tensor:
@@ -142,11 +146,11 @@ class _Buffer:
 
 
 def _buffers(
-    sink: WeightGradSink, weights: tuple[Tensor, ...], wanted: list[bool], given: list[Tensor | None]
+    sink: WeightGradSink, weights: tuple[Tensor, ...], wanted: list[bool], given: list[Tensor | None], narrow: bool
 ) -> tuple[list[_Buffer | None], bool]:
     """Buffers of fc1 or of fc2, None where no gradient is wanted; and whether none of them is the sink's.
 
-    Then backward writes instead of adding. Else fresh ones are zero.
+    Then backward writes instead of adding. Else fresh ones are zero. `narrow`: fresh ones in the weights' dtype.
     """
     buffers = [
         _Buffer(sink, weight, place) if want else None
@@ -156,7 +160,7 @@ def _buffers(
     fill = torch.empty_like if nothing_yet else torch.zeros_like
     for buffer in buffers:
         if buffer is not None:
-            buffer.make(fill)
+            buffer.make(fill, narrow)
     return buffers, nothing_yet
 
 

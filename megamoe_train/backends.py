@@ -41,6 +41,7 @@ class Backend(Protocol):
 
     name: str
     backward_once: bool  # a second backward of one forward is refused
+    writes_bf16: bool  # fresh weight gradients may be asked for in bf16; else fp32 ones are rounded
 
     def check(
         self, x: Tensor, topk_ids: Tensor, weights: Tensor, fc1: tuple[Tensor, ...], fc2: tuple[Tensor, ...],
@@ -80,6 +81,7 @@ class ReferenceBackend:
 
     name = "reference"
     backward_once = False
+    writes_bf16 = False
 
     def check(self, x: Tensor, *_, clamp: float | None) -> None:
         """It takes whatever checks.check_call takes."""

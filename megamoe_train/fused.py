@@ -75,6 +75,7 @@ class FusedBackend:
 
     name = "fused"
     backward_once = True
+    writes_bf16 = True
 
     def __init__(self):
         self._maps, self._tables = _Recent(CACHED_LAYERS), _Recent(CACHED_GRADIENTS)
@@ -145,15 +146,18 @@ class FusedBackend:
         fc1: list[Tensor], fc2: list[Tensor], *, clamp: float | None, group: Group, need: reference.Need,
         dfc1: list[Tensor | None] | None, dfc2: list[Tensor | None] | None, overwrite: tuple[bool, bool],
     ) -> reference.Grads:  # fmt: skip
-        """Gradients into dfc1, dfc2 where any is wanted; `overwrite`: they hold nothing yet."""
+        """Gradients into dfc1, dfc2 where any is wanted; `overwrite`: they hold nothing yet. All fp32, or where none
+        holds anything, all bf16."""
         device_plan = plan.device_plan
         with plan.workspace.launching():
             maps = self._maps_of(fc1, fc2, x.device)
             x, dy, p = _rows(x), _rows(dy if dy.dtype == x.dtype else dy.to(x.dtype)), _fp32(weights)
             # Ranks cannot know whether another one has frozen fc1. Where there are several, each stages x and pulls it,
             # and one that wants no dfc1 has it computed into a spare matrix.
-            first = _Targets(dfc1 if need.fc1 else None, fc1, overwrite[0], always=plan.ep_size > 1)
-            second = _Targets(dfc2 if need.fc2 else None, fc2, overwrite[1])
+            dfc1, dfc2 = dfc1 if need.fc1 else None, dfc2 if need.fc2 else None
+            dtype = _dtype_of(dfc1, dfc2)
+            first = _Targets(dfc1, fc1, overwrite[0], dtype, always=plan.ep_size > 1)
+            second = _Targets(dfc2, fc2, overwrite[1], dtype)
             tables = self._table_of(first, x.device), self._table_of(second, x.device)
         with in_order(x.device) as stream:
             if h is None:
@@ -169,8 +173,8 @@ class FusedBackend:
         return reference.Grads(
             dx=dx if need.x else None,
             dweights=dweights if need.weights else None,
-            dfc1=dfc1 if need.fc1 else None,
-            dfc2=dfc2 if need.fc2 else None,
+            dfc1=dfc1,
+            dfc2=dfc2,
         )
 
     def _maps_of(self, fc1: Sequence[Tensor], fc2: Sequence[Tensor], device: torch.device) -> ops_fused.WeightMaps:
@@ -189,8 +193,8 @@ class _Targets:
     """The buffers of one weight kind that the kernel writes: those given, or stand-ins where it cannot write them."""
 
     def __init__(
-        self, given: Sequence[Tensor | None] | None, weights: Sequence[Tensor], overwrite: bool, *,
-        always: bool = False,
+        self, given: Sequence[Tensor | None] | None, weights: Sequence[Tensor], overwrite: bool,
+        dtype: torch.dtype, *, always: bool = False,
     ):  # fmt: skip
         whole = isinstance(given, StackedExperts) and _is_plain(given.stack)
         nothing = not whole and (given is None or all(buffer is None for buffer in given))
@@ -208,7 +212,7 @@ class _Targets:
         self.buffers = []
         for buffer, weight in zip(given, weights, strict=True):
             if buffer is None:
-                spare = _fp32_like(torch.empty, weight) if spare is None else spare
+                spare = torch.empty(weight.shape, dtype=dtype, device=weight.device) if spare is None else spare
                 self.buffers.append(spare)
             elif _is_plain(buffer):
                 self.buffers.append(buffer)
@@ -216,7 +220,7 @@ class _Targets:
                 # TMA writes neither strided nor unaligned matrices: a fresh one takes the gradient of this call and
                 # is added (or copied) afterwards, at the price of its memory and one more pass over it.
                 fresh = torch.empty if overwrite else torch.zeros
-                self.stand_ins.append((buffer, _fp32_like(fresh, weight)))
+                self.stand_ins.append((buffer, fresh(weight.shape, dtype=dtype, device=weight.device)))
                 self.buffers.append(self.stand_ins[-1][1])
 
     @property
@@ -234,8 +238,15 @@ def _is_plain(matrix: Tensor) -> bool:
     return matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0
 
 
-def _fp32_like(fill: Callable[..., Tensor], weight: Tensor) -> Tensor:
-    return fill(weight.shape, dtype=torch.float32, device=weight.device)
+def _dtype_of(*targets: Sequence[Tensor | None] | None) -> torch.dtype:
+    """Of the gradients that a backward computes, fp32 where nobody wants any."""
+    for given in targets:
+        if isinstance(given, StackedExperts):
+            return given.stack.dtype
+        for buffer in given or ():
+            if buffer is not None:
+                return buffer.dtype
+    return torch.float32
 
 
 def _rows(rows: Tensor) -> Tensor:

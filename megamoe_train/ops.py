@@ -1,7 +1,8 @@
 """The CUDA extension's operators: loading, tensor maps and the six grouped products. No policy.
 
 Legend of shapes: L local experts, M rows of a row pool (every expert's segment starts at a multiple of ROW_TILE),
-H hidden size, I expert intermediate size. Activations and weights are bf16, weight gradients fp32.
+H hidden size, I expert intermediate size. Activations and weights are bf16, weight gradients fp32, or bf16 where they
+are written once.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ DEFAULT_DEADLINE_S = 600.0
 
 
 class Gemm(IntEnum):
-    """csrc/roles/gemm_params.cuh: enum class Gemm."""
+    """csrc/schedule/ring.cuh: enum class Gemm."""
 
     FC1 = 0
     FC2 = 1
     DGRAD2 = 2
     DGRAD1 = 3
     WGRAD = 4
+    WGRAD_BF16 = 5  # written, not added to
 
 
 class MapKind(IntEnum):
@@ -36,7 +38,8 @@ class MapKind(IntEnum):
 
     WEIGHT = 1  # right operand of fc1 and fc2
     WEIGHT_MN = 2  # right operand of dgrad1 and dgrad2
-    GRADIENT = 5  # fp32 result of a wgrad
+    GRADIENT_BF16 = 4  # result of a wgrad in bf16: kOutput
+    GRADIENT = 5  # in fp32
 
 
 def raw_stream(device: torch.device) -> int:
@@ -88,18 +91,21 @@ def encode_maps(matrices: Sequence[Tensor], kind: MapKind, out: Tensor) -> None:
 
 @dataclass(frozen=True)
 class GradientTable:
-    """Where the fp32 gradients of a layer lie. Valid as long as they stay there."""
+    """Where the gradients of a layer lie. Valid as long as they stay there."""
 
     table: Tensor  # uint8 [L * 136] on the device: L tensor maps, then L addresses
+    in_bf16: bool  # else fp32
 
     @classmethod
     def of(cls, gradients: Sequence[Tensor]) -> GradientTable:
-        """gradients: L fp32 tensors [out, in] on one CUDA device, wherever each lies; contiguous, 16-byte aligned."""
+        """gradients: L tensors [out, in] on one CUDA device, wherever each lies; contiguous, 16-byte aligned, all fp32
+        or all bf16."""
+        in_bf16 = gradients[0].dtype == torch.bfloat16
         end = len(gradients) * MAP_BYTES
         table = pinned_bytes(end + len(gradients) * ADDRESS_BYTES)
-        encode_maps(gradients, MapKind.GRADIENT, table[:end].view(-1, MAP_BYTES))
+        encode_maps(gradients, MapKind.GRADIENT_BF16 if in_bf16 else MapKind.GRADIENT, table[:end].view(-1, MAP_BYTES))
         table[end:].view(torch.int64).copy_(addresses(gradients))
-        return cls(table.to(gradients[0].device))
+        return cls(table.to(gradients[0].device), in_bf16)
 
     @property
     def experts(self) -> int:
@@ -191,13 +197,13 @@ def dgrad1(dh: Tensor, maps: Tensor, groups: Groups, dx: Tensor) -> None:
 
 
 def wgrad(dout: Tensor, inputs: Tensor, table: GradientTable, groups: Groups, accumulate: bool = True) -> None:
-    """gradient (+)= dout_rows^T inputs_rows for every expert, in fp32.
+    """gradient (+)= dout_rows^T inputs_rows for every expert, in fp32; written in bf16 only (RuntimeError).
 
     dout [M, out], inputs [M, in]; table: the gradients [out, in]. Rows between an expert's count
     and the next multiple of 64 must be zero in both.
     """
     _launch(
-        Gemm.WGRAD,
+        Gemm.WGRAD_BF16 if table.in_bf16 else Gemm.WGRAD,
         groups,
         dout,
         table.maps,

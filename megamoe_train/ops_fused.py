@@ -169,7 +169,8 @@ class BackwardCall(_Call):
     """dx [T, H] bf16 and dweights [T, K] fp32 for dy [T, H] bf16; the experts' gradients go where the tables say.
 
     h, forward's, is spent: its gradient dh takes its place, tile by tile.
-    dfc1, dfc2: None computes no gradient of that weight. accumulate1 (of fc1), accumulate2 (of fc2): add or write.
+    dfc1, dfc2: None computes no gradient of that weight; both in fp32, or both in bf16, which can only be written.
+    accumulate1 (of fc1), accumulate2 (of fc2): add or write. ValueError: dtypes differ.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class BackwardCall(_Call):
         self.dy, self.h = dy_TH.contiguous(), h
         self.dfc1, self.dfc2 = (None if table is None else table.table for table in (dfc1, dfc2))
         self.accumulate = accumulate1, accumulate2
+        self.in_bf16 = _in_bf16(dfc1, dfc2)
         self.dx = self._new(plan.tokens, self.hidden)
         self.dweights = self._new(plan.tokens, weights_TK.shape[1], dtype=torch.float32)
         more = self.layout.second_pool if dfc1 is None else self.layout.more_bytes
@@ -202,9 +204,16 @@ class BackwardCall(_Call):
     def step(self, step: int) -> None:
         torch.ops.megamoe.fused_backward(
             step, self.plan.workspace.handle, *self.plan.arguments, self.dy, self.x, self.weights, self.h,
-            self.maps.table, self.dfc1, self.dfc2, *self.accumulate, self.dx, self.dweights, self.scratch, self.more,
-            self.limit, self.num_sms, ops.raw_stream(self.device),
+            self.maps.table, self.dfc1, self.dfc2, *self.accumulate, self.in_bf16, self.dx, self.dweights,
+            self.scratch, self.more, self.limit, self.num_sms, ops.raw_stream(self.device),
         )  # fmt: skip
+
+
+def _in_bf16(*tables: ops.GradientTable | None) -> bool:
+    kinds = {table.in_bf16 for table in tables if table is not None}
+    if len(kinds) == 2:
+        raise ValueError("gradients: got fp32 of one weight and bf16 of the other; allowed: one dtype")
+    return True in kinds
 
 
 def forward(

@@ -4,6 +4,8 @@ The kernels are plain torch here (fake_fused.py); tests/gpu has the real ones.""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -93,6 +95,7 @@ def test_fresh_gradients_are_written_and_a_sinks_are_added_to(fused):  # noqa: F
     leaves, ids, dy = leaves_of(layer)
     run(leaves, ids, dy)
     assert fused[1].calls[-1][1]["accumulate"] == (False, False)
+    assert {b.dtype for table in fused[1].calls[-1][1]["tables"] for b in table.buffers} == {torch.bfloat16}
     again, _, _ = leaves_of(layer)
     sink = MainGrads(again["fc1"], again["fc2"])
     for count in (1, 2):
@@ -132,14 +135,15 @@ def test_one_of_several_ranks_that_has_frozen_fc1_still_takes_part():
     from megamoe_train.fused import _Targets
 
     weights = [torch.zeros(256, 256, dtype=torch.bfloat16) for _ in range(3)]
-    for given in (None, [None] * 3):
-        assert _Targets(given, weights, overwrite=False).buffers is None
-        targets = _Targets(given, weights, overwrite=False, always=True)
+    for given, dtype in itertools.product((None, [None] * 3), (torch.float32, torch.bfloat16)):
+        assert _Targets(given, weights, False, torch.float32).buffers is None
+        targets = _Targets(given, weights, False, dtype, always=True)
         (spare,) = {buffer.data_ptr() for buffer in targets.buffers}
-        assert targets.buffers[0].dtype == torch.float32 and targets.buffers[0].shape == weights[0].shape
+        assert targets.buffers[0].dtype == dtype and targets.buffers[0].shape == weights[0].shape
         assert not targets.accumulate and targets.stand_ins == [] and spare not in {w.data_ptr() for w in weights}
     wanted = [torch.zeros(256, 256) for _ in range(3)]
-    assert all(a is b for a, b in zip(_Targets(wanted, weights, False, always=True).buffers, wanted, strict=True))
+    taken = _Targets(wanted, weights, False, torch.float32, always=True).buffers
+    assert all(a is b for a, b in zip(taken, wanted, strict=True))
 
 
 def test_a_rank_that_fails_before_its_launch_frees_the_others(fused):  # noqa: F811

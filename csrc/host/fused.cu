@@ -40,7 +40,7 @@ FusedCounters counters_of(const FusedArgs& args) {
 // What all products have.
 GemmParams product_of(int which, const FusedArgs& args) {
     const int inter = static_cast<int>(args.inter), hidden = static_cast<int>(args.workspace.hidden);
-    const ProductShape shape = product_shape(args.backward, which, inter, hidden);
+    const ProductShape shape = product_shape(args.pass, which, inter, hidden);
     GemmParams product{};
     product.gemm = shape.gemm;
     product.m_extent = shape.m_extent;
@@ -107,12 +107,12 @@ void backward_products(const FusedArgs& args, GemmParams* products) {
 
 // A bit per staging buffer that this operation fills: dY in 1, x in 0.
 unsigned staged_buffers(const FusedArgs& args) {
-    return args.backward ? 2u | (args.second_pool != nullptr ? 1u : 0u) : 1u;
+    return is_backward(args.pass) ? 2u | (args.second_pool != nullptr ? 1u : 0u) : 1u;
 }
 
 void pulls_of(const FusedArgs& args, FusedParams& params) {
     params.staged = staged_buffers(args);
-    if (!args.backward) {
+    if (!is_backward(args.pass)) {
         params.pulls[0] = pull_of(0, args.x, args.weights, true, args.pool);
         params.num_pulls = 1;
         return;
@@ -129,9 +129,16 @@ StageParams staging_of(const FusedArgs& args) {
     stage.tokens = static_cast<int>(args.tokens);
     stage.top_k = static_cast<int>(args.workspace.top_k);
     stage.rows[stage.count++] =
-        args.backward ? StagedRows{1, args.dy, args.weights} : StagedRows{0, args.x, args.weights};
+        is_backward(args.pass) ? StagedRows{1, args.dy, args.weights} : StagedRows{0, args.x, args.weights};
     if (args.second_pool != nullptr) stage.rows[stage.count++] = {0, args.x, nullptr};
     return stage;
+}
+
+using Launch = cudaError_t(const FusedParams&, int, cudaStream_t);
+
+Launch* launcher_of(Pass pass) {
+    if (pass == Pass::kForward) return launch_forward;
+    return pass == Pass::kBackward ? launch_backward : launch_backward_bf16;
 }
 
 }  // namespace
@@ -142,6 +149,7 @@ void preload_kernels() {
     check(load_combine_kernels(), "loading combine's kernels");
     check(load_forward_kernel(), "loading the fused forward");
     check(load_backward_kernel(), "loading the fused backward");
+    check(load_backward_bf16_kernel(), "loading the fused backward with gradients in bf16");
 }
 
 void stage_fused(const FusedArgs& args) {
@@ -152,7 +160,7 @@ void stage_fused(const FusedArgs& args) {
 void announce_fused(const FusedArgs& args) {
     RowsParams rows{};
     rows.peers = peers_of(args.workspace);
-    rows.op = args.backward ? Op::kBackward : Op::kForward;
+    rows.op = is_backward(args.pass) ? Op::kBackward : Op::kForward;
     rows.plan_control = args.plan.control;
     rows.control = args.counters;
     rows.control_ints = static_cast<int>(counter_ints(args.capacity, args.tokens));
@@ -165,6 +173,8 @@ void run_fused(const FusedArgs& args) {
     require((args.second_pool != nullptr) == (args.gradient_maps[1] != nullptr), "second_pool given",
             args.second_pool != nullptr, "together with the gradients of fc1");
     require(args.inter > 0 && args.inter % 128 == 0, "I", args.inter, "multiples of 128");
+    require(args.pass != Pass::kBackwardBf16 || (!args.accumulate[0] && !args.accumulate[1]), "accumulate", 1,
+            "0: weight gradients in bf16 are written, never added to");
     const int sms = args.num_sms > 0 ? args.num_sms : sm_count(), clusters = sms / kClusterSize;
     require(clusters >= 1, "num_sms", sms, "at least 2");
     const int local = static_cast<int>(args.workspace.experts / args.workspace.ranks);
@@ -174,7 +184,7 @@ void run_fused(const FusedArgs& args) {
     const int inter = static_cast<int>(args.inter), hidden = static_cast<int>(args.workspace.hidden);
 
     FusedParams params{};
-    if (args.backward) {
+    if (is_backward(args.pass)) {
         backward_products(args, params.products);
         params.order = backward_order(local, rows, inter, clusters);
     } else {
@@ -183,7 +193,7 @@ void run_fused(const FusedArgs& args) {
     }
     pulls_of(args, params);
     params.peers = peers_of(args.workspace);
-    params.op = args.backward ? Op::kBackward : Op::kForward;
+    params.op = is_backward(args.pass) ? Op::kBackward : Op::kForward;
     params.plan_control = args.plan.control;
     params.source_of = reinterpret_cast<const long long*>(args.plan.source_of);
     params.num_rows = args.plan.expert_offset + local;
@@ -202,8 +212,7 @@ void run_fused(const FusedArgs& args) {
     params.tokens_out = static_cast<uint8_t*>(args.tokens_out);
     params.dweights = args.dweights;
     params.counters = counters_of(args);
-    const auto launch = args.backward ? launch_backward : launch_forward;
-    check(launch(params, sms, args.stream), "launching the fused kernel");
+    check(launcher_of(args.pass)(params, sms, args.stream), "launching the fused kernel");
 }
 
 }  // namespace megamoe

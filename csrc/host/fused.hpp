@@ -1,12 +1,13 @@
 // The fused launches, from plain pointers.
 #pragma once
 #include "host/comm.hpp"
+#include "schedule/order.cuh"
 
 namespace megamoe {
 
 struct FusedArgs {
     WorkspaceHandle workspace;
-    bool backward;
+    Pass pass;
 
     // The plan.
     PlanPointers plan;
@@ -32,7 +33,7 @@ struct FusedArgs {
     // Tensor maps [L] in device memory: forward fc1, fc2 (kWeight); backward fc2, fc1 (kWeightMN), and the gradients.
     const void* maps[2];
     const void* gradient_maps[2];  // of fc2, of fc1; null: not wanted
-    float* const* gradients[2];
+    void* const* gradients[2];
     bool accumulate[2];
 
     int64_t inter;

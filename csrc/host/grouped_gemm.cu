@@ -20,21 +20,24 @@ CUtensorMap map_or_empty(MapKind kind, const void* address, int64_t rows, int64_
 
 void run_grouped_gemm(const GroupedGemmArgs& args) {
     const Gemm gemm = static_cast<Gemm>(args.gemm);
-    const bool is_wgrad = gemm == Gemm::kWgrad;
+    const bool wgrad = is_wgrad(gemm);
     const int64_t rows = args.pool_rows;
     if (args.num_experts < 1 || args.num_experts > kMaxExperts) {
         throw std::runtime_error("megamoe: " + std::to_string(args.num_experts) + " local experts; allowed are 1 to " +
                                  std::to_string(kMaxExperts));
     }
+    if (gemm == Gemm::kWgradBf16 && args.accumulate) {
+        throw std::runtime_error("megamoe: weight gradients in bf16 are written, never added to");
+    }
     check(cudaMemsetAsync(args.claims, 0, sizeof(int), args.stream), "clearing the work queue");
     // An empty pool has no tensor map, and no work but the zeros of a first wgrad.
-    if (rows == 0 && !(is_wgrad && !args.accumulate)) return;
+    if (rows == 0 && !(wgrad && !args.accumulate)) return;
 
     GemmParams params{};
     params.gemm = gemm;
     if (rows > 0) {
-        params.a = make_tensor_map(is_wgrad ? MapKind::kOperandMN : MapKind::kActivation, args.a, rows, args.a_cols);
-        params.b = is_wgrad ? make_tensor_map(MapKind::kWeightMN, args.b, rows, args.b_cols)
+        params.a = make_tensor_map(wgrad ? MapKind::kOperandMN : MapKind::kActivation, args.a, rows, args.a_cols);
+        params.b = wgrad ? make_tensor_map(MapKind::kWeightMN, args.b, rows, args.b_cols)
                             : map_or_empty(MapKind::kWeight, args.h, rows, 2 * int64_t{args.n_extent});
         params.out = map_or_empty(MapKind::kOutput, args.out, rows, args.out_cols);
         params.act = map_or_empty(MapKind::kOutput, args.act, rows, args.n_extent);

@@ -22,7 +22,7 @@ struct GroupedGemmArgs {
 
     // Per expert, in device memory.
     const void* expert_maps;  // tensor maps of the weights, or of the gradients
-    float* const* gradients;  // wgrad: their addresses
+    void* const* gradients;   // wgrad: their addresses
     const int* expert_rows;
     const int* expert_offset;
     int num_experts;

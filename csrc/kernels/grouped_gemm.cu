@@ -48,6 +48,7 @@ cudaError_t launch_grouped_gemm(Gemm gemm, const GemmParams& params, int* claims
         case Gemm::kFc2: return launch<Gemm::kFc2>(params, claims, num_sms, stream);
         case Gemm::kDgrad2: return launch<Gemm::kDgrad2>(params, claims, num_sms, stream);
         case Gemm::kDgrad1: return launch<Gemm::kDgrad1>(params, claims, num_sms, stream);
+        case Gemm::kWgradBf16: return launch<Gemm::kWgradBf16>(params, claims, num_sms, stream);
         case Gemm::kWgrad: return launch<Gemm::kWgrad>(params, claims, num_sms, stream);
     }
     return cudaErrorInvalidValue;

@@ -19,12 +19,13 @@ __device__ __forceinline__ uint4 rounded_blocks(const float (&d)[128], int first
     return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
 }
 
-// fc2 and dgrad1: rows of bf16.
+// fc2, dgrad1 and wgrad in bf16: rounded.
+template <Gemm kGemm>
 __device__ __forceinline__ void store_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
                                                const float (&d)[128], Position& position) {
 #pragma unroll
     for (int stage = 0; stage < 2; ++stage) {
-        const OutputPlace output = position.next_output<Gemm::kFc2>(stage);
+        const OutputPlace output = position.next_output<kGemm>(stage);
         const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
         put_part(rows, [&](int j) { return rounded_blocks(d, stage * 16, j); });
         put_part(rows + kPartBytes, [&](int j) { return rounded_blocks(d, stage * 16 + 8, j); });
@@ -104,15 +105,17 @@ __device__ __forceinline__ void wgrad_epilogue(SharedStorage& shared, const Gemm
     }
 }
 
-// A first write for an expert without rows, straight to memory.
+// A first write for an expert without rows, straight to memory. Element: of the gradient.
+template <class Element>
 __device__ __forceinline__ void zero_gradient(const GemmParams& params, const Share& share, int warp_row,
-                                              float* gradient) {
+                                              Element* gradient) {
+    constexpr int kEach = sizeof(uint4) / sizeof(Element);
     const int lane = threadIdx.x & 31;
     const int columns = min(kTileN, params.n_extent - share.column);
-    float* out = gradient + (share.row + warp_row) * params.n_extent + share.column;
+    Element* out = gradient + (share.row + warp_row) * params.n_extent + share.column;
     for (int row = 0; row < kWarpRows; ++row, out += params.n_extent) {
-        for (int column = lane * 4; column < columns; column += 128) {
-            *reinterpret_cast<float4*>(out + column) = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int column = lane * kEach; column < columns; column += 32 * kEach) {
+            *reinterpret_cast<uint4*>(out + column) = {0, 0, 0, 0};
         }
     }
 }

@@ -23,12 +23,12 @@ struct GemmTag {
 
 // Calls visit(GemmTag, the product's parameters) for the unit's product: the same code for both weight gradients. Fixed
 // indices where there can be: a pointer to the parameters costs the epilogues registers.
-template <bool kBackward, class Visit>
+template <Pass kPass, class Visit>
 __device__ __forceinline__ void with_gemm(const FusedParams& params, int product, Visit&& visit) {
-    if constexpr (kBackward) {
+    if constexpr (is_backward(kPass)) {
         if (product == kProductDgrad2) return visit(GemmTag<Gemm::kDgrad2>{}, params.products[kProductDgrad2]);
         if (product == kProductDgrad1) return visit(GemmTag<Gemm::kDgrad1>{}, params.products[kProductDgrad1]);
-        return visit(GemmTag<Gemm::kWgrad>{}, params.products[product]);
+        return visit(GemmTag<wgrad_gemm(kPass)>{}, params.products[product]);
     } else {
         if (product == kProductFc1) return visit(GemmTag<Gemm::kFc1>{}, params.products[kProductFc1]);
         return visit(GemmTag<Gemm::kFc2>{}, params.products[kProductFc2]);
@@ -40,9 +40,9 @@ __device__ __forceinline__ void with_gemm(const FusedParams& params, int product
 // Waits until everything that the unit reads is there. Whole warp. Counter -> TMA load: ld.acquire.gpu by a lane,
 // fence.proxy.async by the same; barrier; the scheduler's mbarrier arrive (release.cluster); the loader's wait; load.
 // The fence stands here, two units ahead of the loads: in the loaders it cost 3,600 cycles between two units.
-template <bool kBackward>
+template <Pass kPass>
 __device__ __forceinline__ void wait_for_inputs(const FusedParams& params, const UnitSlot& slot) {
-    constexpr Gemm kMaker = kBackward ? Gemm::kDgrad2 : Gemm::kFc1;
+    constexpr Gemm kMaker = is_backward(kPass) ? Gemm::kDgrad2 : Gemm::kFc1;
     const FusedCounters& counters = params.counters;
     const Inputs inputs = inputs_of(slot.product, unit_of(slot), slot.rows);
     for (int tile = inputs.first + static_cast<int>(threadIdx.x & 31); tile < inputs.first + inputs.tiles; tile += 32) {
@@ -66,15 +66,15 @@ __device__ __forceinline__ void advance_frontier(const FusedParams& params, cons
     if ((threadIdx.x & 31) == 0 && pull >= 0) atomicMax(params.counters.frontier + pull, slot.expert);
 }
 
-template <bool kBackward>
+template <Pass kPass>
 __device__ __forceinline__ void fused_scheduler(SharedStorage& shared, const FusedParams& params) {
     scheduler_role(shared, params.products, params.order, params.counters.units, [&](const UnitSlot& slot) {
         advance_frontier(params, slot);
-        wait_for_inputs<kBackward>(params, slot);
+        wait_for_inputs<kPass>(params, slot);
     });
 }
 
-template <bool kBackward>
+template <Pass kPass>
 __device__ __forceinline__ void fused_loader(SharedStorage& shared, const FusedParams& params, int rank) {
     Position position;
     UnitCursor units;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void fused_loader(SharedStorage& shared, const FusedP
         if (slot.expert < 0) break;
         trace.begin_unit();
         if ((threadIdx.x & 31) != 0) continue;
-        with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
+        with_gemm<kPass>(params, slot.product, [&](auto gemm, const GemmParams& product) {
             load_unit<gemm.kValue>(shared, product, slot, rank, position, trace);
         });
     }
@@ -127,7 +127,7 @@ __device__ __forceinline__ void prefetch_h(const FusedParams& params, const Gemm
     __syncwarp();
 }
 
-template <bool kBackward>
+template <Pass kPass>
 __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedParams& params, int rank) {
     Position position;
     UnitCursor units;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
         const UnitSlot slot = next_unit(shared, units, params.peers.deadline);
         if (slot.expert < 0) break;
         trace.begin_unit();
-        with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
+        with_gemm<kPass>(params, slot.product, [&](auto gemm, const GemmParams& product) {
             constexpr Gemm kGemm = gemm.kValue;
             if constexpr (kGemm == Gemm::kFc2 || kGemm == Gemm::kDgrad1) {
                 wait_for_all_peers(params.peers, expected_ready(params), seen);
@@ -146,7 +146,7 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
             } else {
                 if constexpr (kGemm == Gemm::kDgrad2) prefetch_h(params, product, slot, rank);
                 const int working = store_unit_tma<kGemm>(shared, product, slot, rank, position, laps, trace);
-                if constexpr (kGemm != Gemm::kWgrad) count_made(params, slot, rank, working);
+                if constexpr (!is_wgrad(kGemm)) count_made(params, slot, rank, working);
             }
             trace.mark(Mark::kSignalled);
         });
@@ -192,14 +192,14 @@ private:
 };
 
 // Rows first; what is left of the warp's time goes to the sums.
-template <bool kBackward>
+template <Pass kPass>
 __device__ __forceinline__ void fused_mover(const FusedParams& params) {
     uint64_t seen = 0;
     Trace trace(params.products[0].trace);
     MoverSums sums(params);
     for (int which = 0; which < params.num_pulls; ++which) {
         pull_rows<kMoverDepth>(params, which, kAllRows, seen, [&] {
-            if constexpr (kBackward) sums.meanwhile();
+            if constexpr (is_backward(kPass)) sums.meanwhile();
         });
         trace.mark(which == 0 ? CtaMark::kPulled : CtaMark::kPulledSecond);
     }
@@ -225,7 +225,7 @@ __device__ __forceinline__ void leave() {
     ptx::exit_thread();
 }
 
-template <bool kBackward>
+template <Pass kPass>
 __device__ __forceinline__ void fused_math(SharedStorage& shared, const FusedParams& params, int warpgroup, int rank) {
     const WarpPlace place = warp_place(warpgroup);
     uint64_t seen = 0;
@@ -239,7 +239,7 @@ __device__ __forceinline__ void fused_math(SharedStorage& shared, const FusedPar
         const UnitSlot slot = next_unit(shared, units, params.peers.deadline);
         if (slot.expert < 0) break;
         begin_unit(trace, slot);
-        with_gemm<kBackward>(params, slot.product, [&](auto gemm, const GemmParams& product) {
+        with_gemm<kPass>(params, slot.product, [&](auto gemm, const GemmParams& product) {
             math_unit<gemm.kValue>(shared, product, slot, place, rank, position, d, trace);
         });
     }
@@ -260,7 +260,7 @@ __device__ __forceinline__ void give_up_pulls(const FusedParams& params) {
     }
 }
 
-template <bool kBackward>
+template <Pass kPass>
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     fused_kernel(const __grid_constant__ FusedParams params) {
     extern __shared__ __align__(1024) uint8_t memory[];
@@ -278,30 +278,30 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
     const int rank = static_cast<int>(ptx::cluster_rank());
     if (warpgroup_index() == 0) {
         ptx::give_registers<kProducerRegisters>();
-        if (warp_index() == 0) fused_loader<kBackward>(shared, params, rank);
-        if (warp_index() == 1 && rank == 0) fused_scheduler<kBackward>(shared, params);
-        if (warp_index() == 2) fused_storer<kBackward>(shared, params, rank);
-        if (is_mover(warp_index(), rank)) fused_mover<kBackward>(params);
+        if (warp_index() == 0) fused_loader<kPass>(shared, params, rank);
+        if (warp_index() == 1 && rank == 0) fused_scheduler<kPass>(shared, params);
+        if (warp_index() == 2) fused_storer<kPass>(shared, params, rank);
+        if (is_mover(warp_index(), rank)) fused_mover<kPass>(params);
     } else {
         ptx::take_registers<kMathRegisters>();
-        fused_math<kBackward>(shared, params, warpgroup_index() - 1, rank);
+        fused_math<kPass>(shared, params, warpgroup_index() - 1, rank);
     }
     leave();
 }
 
 // On each device before the first launch there.
-template <bool kBackward>
+template <Pass kPass>
 cudaError_t load_fused_kernel() {
-    const cudaError_t error = load_kernels(fused_kernel<kBackward>);
+    const cudaError_t error = load_kernels(fused_kernel<kPass>);
     if (error != cudaSuccess) return error;
     constexpr auto kSharedBytes = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    return cudaFuncSetAttribute(fused_kernel<kBackward>, kSharedBytes, sizeof(SharedStorage));
+    return cudaFuncSetAttribute(fused_kernel<kPass>, kSharedBytes, sizeof(SharedStorage));
 }
 
-template <bool kBackward>
+template <Pass kPass>
 cudaError_t launch_fused_kernel(const FusedParams& params, int num_sms, cudaStream_t stream) {
     const int ctas = num_sms / kClusterSize * kClusterSize;
-    fused_kernel<kBackward><<<ctas, kThreads, sizeof(SharedStorage), stream>>>(params);
+    fused_kernel<kPass><<<ctas, kThreads, sizeof(SharedStorage), stream>>>(params);
     return cudaGetLastError();
 }
 

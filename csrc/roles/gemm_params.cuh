@@ -11,7 +11,7 @@ namespace megamoe {
 
 template <Gemm kGemm>
 struct GemmTraits {
-    static constexpr bool kIsWgrad = kGemm == Gemm::kWgrad;
+    static constexpr bool kIsWgrad = is_wgrad(kGemm);
     static constexpr bool kIsDgrad = kGemm == Gemm::kDgrad2 || kGemm == Gemm::kDgrad1;
     static constexpr ptx::Major kMajorA = kIsWgrad ? ptx::Major::MN : ptx::Major::K;
     static constexpr ptx::Major kMajorB = kIsWgrad || kIsDgrad ? ptx::Major::MN : ptx::Major::K;
@@ -26,7 +26,7 @@ struct GemmParams {
     CUtensorMap out;                 // h (fc1), y rows (fc2), dh (dgrad2), dx rows (dgrad1)
     CUtensorMap act;                 // a (fc1, dgrad2)
     const CUtensorMap* expert_maps;  // [L] weights, or gradients for wgrad
-    float* const* gradients;         // [L] wgrad: where each expert's gradient lies
+    void* const* gradients;          // [L] wgrad: where each expert's gradient lies
     const int* expert_rows;          // [L]
     const int* expert_offset;        // [L] first row of each expert in the pools
     const float* row_weights;        // [M] p of each row

@@ -76,7 +76,8 @@ __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParam
     const int outputs = output_stages(kGemm, params.n_extent, unit_of(slot), slot.k_blocks);
     if (!share.works) return skip<kGemm>(shared, params, slot.k_blocks, outputs, position);
     if (GemmTraits<kGemm>::kIsWgrad && slot.k_blocks == 0) {
-        return zero_gradient(params, share, warp_row, params.gradients[slot.expert]);
+        using Element = std::conditional_t<kGemm == Gemm::kWgrad, float, __nv_bfloat16>;
+        return zero_gradient(params, share, warp_row, static_cast<Element*>(params.gradients[slot.expert]));
     }
     const int last_stage = multiply<kGemm>(shared, params, place.warpgroup, slot.k_blocks, position.ring, d, trace);
     // Asked for while the last step runs.
@@ -90,7 +91,7 @@ __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParam
     } else if constexpr (kGemm == Gemm::kWgrad) {
         wgrad_epilogue(shared, params, place, d, position, trace);
     } else {
-        store_epilogue(shared, params, place, d, position);
+        store_epilogue<kGemm>(shared, params, place, d, position);
     }
     trace.mark(Mark::kDone);
 }

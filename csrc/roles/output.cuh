@@ -4,7 +4,8 @@
 //
 // A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of
 // each.
-//   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1: two parts of 64 columns      wgrad: up to three of 32 fp32
+//   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1, wgrad in bf16: two parts of 64 columns
+//   wgrad: up to three of 32 columns of fp32
 // Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the
 // stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
 #pragma once
@@ -116,8 +117,9 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
         }
     } else {
         const int column = share.column + stage * 2 * kChunkColumns;
-        ptx::tma_store_2d(&params.out, part, column, row);
-        ptx::tma_store_2d(&params.out, part + kPartBytes, column + kChunkColumns, row);
+        const CUtensorMap* out = kGemm == Gemm::kWgradBf16 ? gradient : &params.out;
+        ptx::tma_store_2d(out, part, column, row);
+        ptx::tma_store_2d(out, part + kPartBytes, column + kChunkColumns, row);
     }
 }
 

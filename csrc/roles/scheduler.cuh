@@ -12,7 +12,7 @@ __device__ __forceinline__ UnitSlot slot_for(const GemmParams* products, const F
     const GemmParams& product = products[segment.product];
     const int here = rows[segment.expert], begin = product.expert_offset[segment.expert];
     const Unit unit = unit_of_product(product, here, found.index);
-    const int k_blocks = product.gemm == Gemm::kWgrad ? wgrad_blocks(here) : product.k_blocks;
+    const int k_blocks = is_wgrad(product.gemm) ? wgrad_blocks(here) : product.k_blocks;
     return {segment.expert, unit.m_tile, unit.n_tile, unit.n_pair, begin, here, k_blocks, segment.product};
 }
 

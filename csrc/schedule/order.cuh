@@ -21,15 +21,20 @@ struct ProductShape {
     int m_extent, n_extent;
 };
 
-MEGAMOE_HD constexpr ProductShape product_shape(bool backward, int product, int inter, int hidden) {
-    if (!backward) {
+enum class Pass : int { kForward, kBackward, kBackwardBf16 };  // the last with weight gradients written in bf16
+
+MEGAMOE_HD constexpr bool is_backward(Pass pass) { return pass != Pass::kForward; }
+MEGAMOE_HD constexpr Gemm wgrad_gemm(Pass pass) { return pass == Pass::kBackwardBf16 ? Gemm::kWgradBf16 : Gemm::kWgrad; }
+
+MEGAMOE_HD constexpr ProductShape product_shape(Pass pass, int product, int inter, int hidden) {
+    if (!is_backward(pass)) {
         return product == kProductFc1 ? ProductShape{Gemm::kFc1, 0, inter} : ProductShape{Gemm::kFc2, 0, hidden};
     }
     switch (product) {
         case kProductDgrad2: return {Gemm::kDgrad2, 0, inter};
         case kProductDgrad1: return {Gemm::kDgrad1, 0, hidden};
-        case kProductWgrad2: return {Gemm::kWgrad, hidden, inter};
-        default: return {Gemm::kWgrad, 2 * inter, hidden};
+        case kProductWgrad2: return {wgrad_gemm(pass), hidden, inter};
+        default: return {wgrad_gemm(pass), 2 * inter, hidden};
     }
 }
 
@@ -79,7 +84,7 @@ template <class Product>
 MEGAMOE_HD constexpr int units_of(const Product& product, bool accumulate, int rows) {
     const int n_tiles = ceil_div(product.n_extent, tile_columns(product.gemm));
     // Nothing to add to a gradient without rows; but a first write must write its zeros.
-    if (product.gemm == Gemm::kWgrad) return rows == 0 && accumulate ? 0 : num_units(product.m_extent, n_tiles);
+    if (is_wgrad(product.gemm)) return rows == 0 && accumulate ? 0 : num_units(product.m_extent, n_tiles);
     return num_units(rows, n_tiles);
 }
 
@@ -87,7 +92,7 @@ MEGAMOE_HD constexpr int units_of(const Product& product, bool accumulate, int r
 template <class Product>
 MEGAMOE_HD constexpr Unit unit_of_product(const Product& product, int rows, int index) {
     const int n_tiles = ceil_div(product.n_extent, tile_columns(product.gemm));
-    return unit_at(product.gemm == Gemm::kWgrad ? product.m_extent : rows, n_tiles, index);
+    return unit_at(is_wgrad(product.gemm) ? product.m_extent : rows, n_tiles, index);
 }
 
 struct FoundUnit {

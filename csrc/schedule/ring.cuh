@@ -16,7 +16,10 @@ enum class Gemm : int {
     kDgrad2,  // [rows, I]  = dy[rows, H] fc2[H, I]      epilogue: dh, a again, dp partials
     kDgrad1,  // [rows, H]  = dh[rows, 2I] fc1[2I, H]    epilogue: dx rows
     kWgrad,   // [out, in] += dout[rows, out]^T in[rows, in]   epilogue: fp32 add or store
+    kWgradBf16,  // [out, in]  = the same                      epilogue: rounded to bf16, written
 };
+
+MEGAMOE_HD constexpr bool is_wgrad(Gemm gemm) { return gemm == Gemm::kWgrad || gemm == Gemm::kWgradBf16; }
 
 constexpr int kClusterSize = 2;
 constexpr int kMathWarpgroups = 2;
@@ -70,7 +73,8 @@ MEGAMOE_HD constexpr int dswiglu_chunks(int n_extent, int n_tile) {
 
 // Output stages of a unit. A stage is free only when both CTAs are done with it, so both walk the same number.
 MEGAMOE_HD constexpr int output_stages(Gemm gemm, int n_extent, Unit unit, int k_blocks) {
-    if (gemm == Gemm::kWgrad) return k_blocks == 0 ? 0 : kGradStages;
+    if (is_wgrad(gemm) && k_blocks == 0) return 0;
+    if (gemm == Gemm::kWgrad) return kGradStages;
     if (gemm != Gemm::kDgrad2) return 2;
     const int first = dswiglu_chunks(n_extent, n_tile_of(unit, 0));
     const int second = dswiglu_chunks(n_extent, n_tile_of(unit, 1));

@@ -23,7 +23,7 @@ NAMES = ("ours", "ours-written", "unfused", "unfused-routed", "unfused-fp32", "m
 DEFAULT = ("ours", "unfused", "unfused-routed", "megatron")
 MEANING = {
     "ours": "megamoe_train.moe(), fp32 weight gradients added to main_grad",
-    "ours-written": "megamoe_train.moe(), weight gradients written and returned in bf16",
+    "ours-written": "megamoe_train.moe(), weight gradients written once in bf16",
     "unfused": "torch._grouped_mm, all_to_all_single and index operations, weight gradients written once in bf16",
     "unfused-routed": "the same, routing and its host sync done before the clock starts",
     "unfused-fp32": "as unfused, weight gradients added to fp32 main_grad",

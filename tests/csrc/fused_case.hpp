@@ -103,10 +103,15 @@ inline void plan(Case& work) {
 inline void choose_products(Case& work, Random& random) {
     const int products = work.backward ? 4 : 2;
     for (int product = 0; product < products; ++product) {
-        const ProductShape shape = product_shape(work.backward, product, work.inter, work.hidden);
-        const bool wgrad = shape.gemm == Gemm::kWgrad;
+        const ProductShape shape = product_shape(work.backward ? Pass::kBackward : Pass::kForward, product, work.inter, work.hidden);
+        const bool wgrad = is_wgrad(shape.gemm);
         work.products[product] = {shape.gemm, shape.m_extent, shape.n_extent, wgrad && random.chance(70),
                                   !wgrad || random.chance(80)};
+    }
+    for (int product = kProductWgrad2; product < products; ++product) {  // gradients in bf16 are never added to
+        if (!work.products[kProductWgrad2].accumulate && !work.products[kProductWgrad1].accumulate) {
+            work.products[product].gemm = Gemm::kWgradBf16;
+        }
     }
     work.num_pulls = work.backward && work.products[kProductWgrad1].wanted ? 2 : 1;
 }

@@ -97,7 +97,7 @@ struct World {
     // Where a share is recorded: rows of 64 of the pool, or of an expert's gradient, times column tiles.
     size_t share_index(const Part& part, const Job& job, int cta, int warpgroup) const {
         const Product& p = work.products[job.product];
-        const bool wgrad = p.gemm == Gemm::kWgrad;
+        const bool wgrad = is_wgrad(p.gemm);
         const int row = (wgrad ? job.expert * p.m_extent : part.offset[job.expert]) + m_tile_of(job.unit, cta) * kTileM;
         const int columns = ceil_div(p.n_extent, tile_columns(p.gemm));
         return size_t(row / kWarpgroupM + warpgroup) * columns + n_tile_of(job.unit, cta);
@@ -116,7 +116,7 @@ struct World {
         for (const Part& owner : work.parts) rank.flags.emplace_back(tiles_of(owner), 0);
         for (int p = 0; p < work.order.products; ++p) {
             const Product& product = work.products[p];
-            const int rows = product.gemm == Gemm::kWgrad ? work.local * product.m_extent : part.offset.back();
+            const int rows = is_wgrad(product.gemm) ? work.local * product.m_extent : part.offset.back();
             rank.done[p].assign(size_t(rows / 64) * ceil_div(product.n_extent, tile_columns(product.gemm)), 0);
         }
         rank.clusters.resize(work.clusters);
@@ -151,7 +151,7 @@ inline void World::check_end() const {
         }
         for (int p = 0; p < work.order.products; ++p) {
             const Product& product = work.products[p];
-            const bool wgrad = product.gemm == Gemm::kWgrad;
+            const bool wgrad = is_wgrad(product.gemm);
             const int columns = ceil_div(product.n_extent, tile_columns(product.gemm));
             for (int e = 0; e < work.local; ++e) {
                 const bool skipped = !product.wanted || (wgrad && part.rows[e] == 0 && product.accumulate);

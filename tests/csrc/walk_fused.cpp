@@ -122,7 +122,7 @@ struct Loader : Reader {
     void check_inputs() const {
         const Part& part = world.work.parts[rank];
         const Rank& here = world.ranks[rank];
-        const bool wgrad = world.work.products[job.product].gemm == Gemm::kWgrad;
+        const bool wgrad = is_wgrad(world.work.products[job.product].gemm);
         const int begin = part.offset[job.expert] / 128, rows = part.rows[job.expert];
         for (int tile = 0; tile * 128 < rows; ++tile) {
             if (!wgrad && tile != m_tile_of(job.unit, cta)) continue;
@@ -178,7 +178,7 @@ struct Storer : Reader {
         } else if (state == 2) {
             if (mine.computed[cta][0] < units || mine.computed[cta][1] < units) return false;
             store(here, part, product, scatters);
-            const bool counts = working > 0 && product.gemm != Gemm::kWgrad;
+            const bool counts = working > 0 && !is_wgrad(product.gemm);
             state = counts ? 3 : 0;
         } else if (state == 3) {
             int& counter = (scatters ? here.pushed : here.made)[tile];
@@ -193,7 +193,7 @@ struct Storer : Reader {
         return true;
     }
     void store(Rank& here, const Part& part, const Product& product, bool scatters) {
-        const bool wgrad = product.gemm == Gemm::kWgrad;
+        const bool wgrad = is_wgrad(product.gemm);
         const int rows = wgrad ? product.m_extent : part.rows[job.expert];
         tile = part.offset[job.expert] / kRowTile + m_tile_of(job.unit, cta);
         working = 0;

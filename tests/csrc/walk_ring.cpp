@@ -97,6 +97,7 @@ OutputPlace next_output(Position& position, Gemm gemm, int stage) {
         case Gemm::kDgrad2: return position.next_output<Gemm::kDgrad2>(stage);
         case Gemm::kDgrad1: return position.next_output<Gemm::kDgrad1>(stage);
         case Gemm::kWgrad: return position.next_output<Gemm::kWgrad>(stage);
+        case Gemm::kWgradBf16: return position.next_output<Gemm::kWgradBf16>(stage);
     }
     fail("no such product");
 }
@@ -372,12 +373,12 @@ private:
 Case random_case(std::mt19937& random, int units) {
     Case work;
     while (static_cast<int>(work.tasks.size()) < units) {
-        const Gemm gemm = static_cast<Gemm>(random() % 5);
-        const bool is_wgrad = gemm == Gemm::kWgrad;
+        const Gemm gemm = static_cast<Gemm>(random() % 6);
+        const bool wgrad = is_wgrad(gemm);
         const int n_extent = 128 * (1 + static_cast<int>(random() % 6));
         const int n_tiles = ceil_div(n_extent, tile_columns(gemm));
-        const int m_rows = is_wgrad ? 256 : 1 + static_cast<int>(random() % 700);
-        const int k_blocks = is_wgrad ? static_cast<int>(random() % 7) : 1 + static_cast<int>(random() % 9);
+        const int m_rows = wgrad ? 256 : 1 + static_cast<int>(random() % 700);
+        const int k_blocks = wgrad ? static_cast<int>(random() % 7) : 1 + static_cast<int>(random() % 9);
         for (int i = 0; i < num_units(m_rows, n_tiles); ++i) {
             if (random() % 3 == 0) continue;  // another cluster has it
             Task task{gemm, n_extent, unit_at(m_rows, n_tiles, i), k_blocks, random() % 2 == 0, {}, {}};

@@ -110,7 +110,8 @@ class VirtualRanks:
                 lambda plan, dy, x, h, p, maps, tables: ops_fused.BackwardCall(
                     plan, dy, x, h, p, maps, *tables, accumulate1=add, accumulate2=add, **self._options(layer)
                 ),
-                plans, layer.dys, layer.xs, [result.h.clone() for result in results], layer.ps, self._maps(layer), tables,
+                plans, layer.dys, layer.xs, [result.h.clone() for result in results], layer.ps,
+                self._maps(layer), tables,
             )  # fmt: skip
             for result, call in zip(results, self._launch(calls), strict=True):
                 result.dx, result.dweights = call.dx, call.dweights

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megamoe_train import ops
+
 from .gemm_case import Case, assert_products, assert_wgrad
 
 pytestmark = pytest.mark.gpu
@@ -20,16 +22,35 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [True, False], ids=["add", "first write"])
+WAYS = {"add": (True, torch.float32), "first write": (False, torch.float32), "in bf16": (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_fp64(shape, accumulate):
-    assert_products(Case(**SHAPES[shape], seed=sum(map(ord, shape))), accumulate)
+def test_matches_fp64(shape, way):
+    assert_products(Case(**SHAPES[shape], seed=sum(map(ord, shape))), *WAYS[way])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("out", [64, 384])
-def test_wgrad_of_any_number_of_rows(out):
+def test_wgrad_of_any_number_of_rows(out, dtype):
     """An odd number of row tiles ends in a pair of column tiles."""
-    assert_wgrad(Case(rows=[100, 0, 333], hidden=512, inter=128), list(torch.ones(3, out, 512, device="cuda")))
+    gradients = torch.ones(3, out, 512, device="cuda", dtype=dtype)
+    assert_wgrad(Case(rows=[100, 0, 333], hidden=512, inter=128), list(gradients))
+
+
+def test_bf16_gradients_are_never_added_to():
+    case = Case(rows=[100], hidden=256, inter=128)
+    table = ops.GradientTable.of([torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)])
+    with pytest.raises(RuntimeError, match="never added to"):
+        ops.wgrad(case.x, case.x, table, case.groups)
+
+
+def test_bf16_gradients_are_the_fp32_ones_rounded():
+    shape = SHAPES["uneven"]
+    wide, narrow = (Case(**shape).run_kernels(*WAYS[way]) for way in ("first write", "in bf16"))
+    for name in ("dfc1", "dfc2"):
+        assert torch.equal(wide[name].bfloat16(), narrow[name])
 
 
 @pytest.mark.parametrize("num_sms", [2, 14, 100])

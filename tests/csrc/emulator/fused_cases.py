@@ -73,10 +73,10 @@ def products() -> None:
     """The six products, each alone in a launch, and wgrads whose rows end in half a pair of row tiles."""
     shape = {"hidden": 512, "inter": 384, "clamp": 1.0, "scale": 2.0, "num_sms": 4, "device": "cpu"}
     with at_once():
-        for accumulate in (True, False):
-            assert_products(GemmCase([70, 0, 200], seed=int(accumulate), **shape), accumulate)
-        for out in (64, 384):
-            assert_wgrad(GemmCase([70, 0, 200], **shape), list(torch.ones(3, out, shape["hidden"])))
+        for accumulate, dtype in ((True, torch.float32), (False, torch.float32), (False, torch.bfloat16)):
+            assert_products(GemmCase([70, 0, 200], seed=int(accumulate), **shape), accumulate, dtype)
+        for out, dtype in ((64, torch.float32), (384, torch.float32), (64, torch.bfloat16), (384, torch.bfloat16)):
+            assert_wgrad(GemmCase([70, 0, 200], **shape), list(torch.ones(3, out, shape["hidden"], dtype=dtype)))
 
 
 def through_autograd() -> None:
