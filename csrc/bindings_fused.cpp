@@ -120,8 +120,8 @@ void forward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, Optio
 
 void backward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, OptionalTensor source_of, Tensor dy,
               Tensor x, Tensor weights, Tensor h, Tensor maps, OptionalTensor dfc1, OptionalTensor dfc2,
-              bool accumulate1, bool accumulate2, bool in_bf16, Tensor dx, Tensor dweights, Tensor scratch, Tensor more, double limit,
-              int64_t num_sms, int64_t stream) {
+              bool accumulate1, bool accumulate2, bool in_bf16, Tensor dx, Tensor dweights, Tensor scratch, Tensor more,
+              double limit, int64_t num_sms, int64_t stream) {
     FusedArgs args =
         common_args(handle, capacity, tables, source_of, x, weights, h, dx, scratch, limit, num_sms, stream);
     args.pass = in_bf16 ? Pass::kBackwardBf16 : Pass::kBackward;
@@ -255,8 +255,8 @@ std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor table
         dweights = torch::stable::new_empty(x, {tokens, workspace.top_k}, ScalarType::Float);
         more = new_bytes(x, layout.more_bytes);
     } catch (const std::exception&) { return {}; }
-    backward(kBoth, handle, capacity, tables, {}, dy, x, weights, h, maps, table1, table2, true, true, false, *dx, *dweights,
-             *scratch, *more, limit, 0, stream);
+    backward(kBoth, handle, capacity, tables, {}, dy, x, weights, h, maps, table1, table2, true, true, false, *dx,
+             *dweights, *scratch, *more, limit, 0, stream);
     return {*dx, *dweights};
 }
 

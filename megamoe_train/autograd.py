@@ -28,7 +28,7 @@ class WeightGradSink(Protocol):
         """A buffer of weight's shape, fp32 (fp64 for fp64), that backward adds to; None: compute a fresh gradient."""
 
     def finish(self, weight: Tensor, grad: Tensor | None) -> Tensor | None:
-        """What backward returns to autograd for `weight`; `grad` is the fresh gradient in weight's dtype or wider, None if
+        """What backward returns to autograd for `weight`; `grad` is the fresh gradient in its dtype or wider, None if
         a buffer took it."""
 
 

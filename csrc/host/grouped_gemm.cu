@@ -38,7 +38,7 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
     if (rows > 0) {
         params.a = make_tensor_map(wgrad ? MapKind::kOperandMN : MapKind::kActivation, args.a, rows, args.a_cols);
         params.b = wgrad ? make_tensor_map(MapKind::kWeightMN, args.b, rows, args.b_cols)
-                            : map_or_empty(MapKind::kWeight, args.h, rows, 2 * int64_t{args.n_extent});
+                         : map_or_empty(MapKind::kWeight, args.h, rows, 2 * int64_t{args.n_extent});
         params.out = map_or_empty(MapKind::kOutput, args.out, rows, args.out_cols);
         params.act = map_or_empty(MapKind::kOutput, args.act, rows, args.n_extent);
     }

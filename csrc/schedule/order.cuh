@@ -24,7 +24,9 @@ struct ProductShape {
 enum class Pass : int { kForward, kBackward, kBackwardBf16 };  // the last with weight gradients written in bf16
 
 MEGAMOE_HD constexpr bool is_backward(Pass pass) { return pass != Pass::kForward; }
-MEGAMOE_HD constexpr Gemm wgrad_gemm(Pass pass) { return pass == Pass::kBackwardBf16 ? Gemm::kWgradBf16 : Gemm::kWgrad; }
+MEGAMOE_HD constexpr Gemm wgrad_gemm(Pass pass) {
+    return pass == Pass::kBackwardBf16 ? Gemm::kWgradBf16 : Gemm::kWgrad;
+}
 
 MEGAMOE_HD constexpr ProductShape product_shape(Pass pass, int product, int inter, int hidden) {
     if (!is_backward(pass)) {

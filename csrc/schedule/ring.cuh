@@ -11,11 +11,11 @@ namespace megamoe {
 
 // Letters as in DESIGN section 1; per expert, with its `rows` rows:
 enum class Gemm : int {
-    kFc1,     // [rows, 2I] = x[rows, H] fc1[2I, H]^T    epilogue: h, a = p silu(g')u'
-    kFc2,     // [rows, H]  = a[rows, I] fc2[H, I]^T     epilogue: y rows
-    kDgrad2,  // [rows, I]  = dy[rows, H] fc2[H, I]      epilogue: dh, a again, dp partials
-    kDgrad1,  // [rows, H]  = dh[rows, 2I] fc1[2I, H]    epilogue: dx rows
-    kWgrad,   // [out, in] += dout[rows, out]^T in[rows, in]   epilogue: fp32 add or store
+    kFc1,        // [rows, 2I] = x[rows, H] fc1[2I, H]^T    epilogue: h, a = p silu(g')u'
+    kFc2,        // [rows, H]  = a[rows, I] fc2[H, I]^T     epilogue: y rows
+    kDgrad2,     // [rows, I]  = dy[rows, H] fc2[H, I]      epilogue: dh, a again, dp partials
+    kDgrad1,     // [rows, H]  = dh[rows, 2I] fc1[2I, H]    epilogue: dx rows
+    kWgrad,      // [out, in] += dout[rows, out]^T in[rows, in]   epilogue: fp32 add or store
     kWgradBf16,  // [out, in]  = the same                      epilogue: rounded to bf16, written
 };
 
