@@ -48,6 +48,7 @@ Peers peers_of(const WorkspaceHandle& handle) {
     peers.bases = reinterpret_cast<const uint64_t*>(handle.bases);
     peers.rank = static_cast<int>(handle.rank);
     peers.ranks = static_cast<int>(handle.ranks);
+    peers.flag_tiles = static_cast<int>(flag_tiles(peers.layout.shape));
     peers.deadline = deadline_of(handle);
     return peers;
 }
