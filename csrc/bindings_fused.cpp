@@ -1,6 +1,5 @@
 // Operator schemas and tensor checks of the fused passes; nothing else.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
@@ -139,10 +138,6 @@ void backward(int64_t step, Tensor handle, int64_t capacity, Tensor tables, Opti
 
 // ---- a whole pass in one call: the host has little time between a router and its experts ----
 
-Tensor new_bytes(const Tensor& like, int64_t bytes) {
-    return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-}
-
 // What a plain call brings; whatever else a call may bring is left to the operators above.
 struct Plain {
     const Tensor& like;  // x: its device
@@ -216,14 +211,14 @@ std::vector<Tensor> plain_forward(Tensor handle, Tensor x, Tensor ids, Tensor we
     if (!planned) {  // before the other allocations: peers wait for this rank's counts
         const int64_t ints = (plan_bytes(workspace, tokens) + 8 * capacity) / 4;
         try {
-            tables = torch::stable::new_empty(x, {ints}, ScalarType::Int);
+            tables = new_tensor(x, {ints}, ScalarType::Int);
         } catch (const std::exception&) { return {}; }
         run_plan(PlanPhase::kAll, plan_args(workspace, ids, kCounterTileRows, capacity, *tables, {}, status, stream));
     }
     try {
-        scratch = new_bytes(x, scratch_layout(capacity, tokens, hidden, inter).bytes);
-        y = torch::stable::new_empty(x, {tokens, hidden});
-        h = torch::stable::new_empty(x, {capacity, 2 * inter});
+        scratch = new_tensor(x, {scratch_layout(capacity, tokens, hidden, inter).bytes}, ScalarType::Byte);
+        y = new_tensor(x, {tokens, hidden}, ScalarType::BFloat16);
+        h = new_tensor(x, {capacity, 2 * inter}, ScalarType::BFloat16);
     } catch (const std::exception&) { return {*tables}; }
     forward(kStaged, handle, capacity, *tables, {}, x, weights, maps, *h, *y, *scratch, limit, 0, stream);
     return {*y, *h, *tables};
@@ -250,10 +245,10 @@ std::vector<Tensor> plain_backward(Tensor handle, int64_t capacity, Tensor table
     const ScratchLayout layout = scratch_layout(capacity, tokens, hidden, inter);
     std::optional<Tensor> dx, dweights, scratch, more;
     try {
-        scratch = new_bytes(x, layout.bytes);
-        dx = torch::stable::new_empty(x, {tokens, hidden});
-        dweights = torch::stable::new_empty(x, {tokens, workspace.top_k}, ScalarType::Float);
-        more = new_bytes(x, layout.more_bytes);
+        scratch = new_tensor(x, {layout.bytes}, ScalarType::Byte);
+        dx = new_tensor(x, {tokens, hidden}, ScalarType::BFloat16);
+        dweights = new_tensor(x, {tokens, workspace.top_k}, ScalarType::Float);
+        more = new_tensor(x, {layout.more_bytes}, ScalarType::Byte);
     } catch (const std::exception&) { return {}; }
     backward(kBoth, handle, capacity, tables, {}, dy, x, weights, h, maps, table1, table2, true, true, false, *dx,
              *dweights, *scratch, *more, limit, 0, stream);

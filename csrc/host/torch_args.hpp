@@ -1,5 +1,7 @@
 // Tensor arguments as the launches take them; each check names the argument.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -15,6 +17,22 @@ namespace megamoe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Uninitialised, on the device of `like`. torch::stable::new_empty looks its operator up by name and boxes the call:
+// where caches are cold, as before the first launch of a pass, that took 67 us (docs/performance.md).
+template <size_t kDims>
+Tensor new_tensor(const Tensor& like, const int64_t (&size)[kDims], ScalarType type) {
+    int64_t strides[kDims];
+    int64_t stride = 1;
+    for (size_t i = kDims; i-- > 0; stride *= size[i]) strides[i] = stride;
+    int32_t device_type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(kDims, size, strides, code, device_type, like.get_device_index(), &made));
+    return Tensor(made);
+}
 
 template <class T>
 T* elements(const Tensor& tensor, ScalarType type, int64_t least, const char* name) {
