@@ -72,8 +72,8 @@ __device__ __forceinline__ uint8_t* combine_slot(const Peers& peers, int at, int
 
 // Rank `of` has pushed all rows of its row tile `tile` that belong to `at`: the epoch in which it did.
 __device__ __forceinline__ uint32_t* tile_flag(const Peers& peers, int at, int of, int tile) {
-    return reinterpret_cast<uint32_t*>(region(peers, at, peers.layout.tile_flags)) +
-           int64_t{of} * peers.flag_tiles + tile;
+    return reinterpret_cast<uint32_t*>(region(peers, at, peers.layout.tile_flags)) + int64_t{of} * peers.flag_tiles +
+           tile;
 }
 
 __device__ __forceinline__ uint64_t epoch_word(uint32_t epoch) { return static_cast<uint64_t>(epoch) << 32; }

@@ -5,6 +5,8 @@ tests/csrc/emulator runs the virtual ranks on the CPU.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from megamoe_train import ops, ops_fused, ops_plan
@@ -24,10 +26,12 @@ def share_of_sms(ranks: int) -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count // ranks // 2 * 2
 
 
-def gradients(layer: Layer, rank: int, fill: float = torch.nan) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """fp32 gradients of one rank's experts, poisoned: they are to be written, not added to."""
+def gradients(
+    layer: Layer, rank: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of one rank's experts, poisoned: they are to be written, not added to."""
     return tuple(
-        [torch.full(weight.shape, fill, device=layer.device) for weight in weights]
+        [torch.full(weight.shape, torch.nan, device=layer.device, dtype=dtype) for weight in weights]
         for weights in layer.experts_of(rank)
     )
 
@@ -93,12 +97,13 @@ class VirtualRanks:
 
     def backward(
         self, layer: Layer, plans, results: list[RankResult], *, late: int | None = None, add: bool = False,
-        wanted: tuple[bool, bool] = (True, True),
+        wanted: tuple[bool, bool] = (True, True), dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        """Fills in `results`. add: to the gradients they hold; else new ones. wanted: those of fc1 and of fc2."""
+        """Fills in `results`. add: to the gradients they hold; else new ones, of `dtype`. wanted: those of fc1 and of
+        fc2."""
         for rank, result in enumerate(results):
             if not add:
-                result.dfc1, result.dfc2 = gradients(layer, rank)
+                result.dfc1, result.dfc2 = gradients(layer, rank, dtype)
         tables = [
             [ops.GradientTable.of(kind) if is_wanted else None for kind, is_wanted in zip(both, wanted, strict=True)]
             for both in ((result.dfc1, result.dfc2) for result in results)
@@ -131,6 +136,18 @@ class VirtualRanks:
     def _delay(self, rank: int | None) -> None:
         if rank is not None:
             self.ranks.delay(rank)
+
+
+def assert_bf16_gradients(layer: Layer, ranks: VirtualRanks) -> None:
+    """Written in bf16, weight gradients are the fp32 ones rounded; all else has the same bits, whoever is late."""
+    plans, results = ranks.forward(layer)
+    ranks.backward(layer, plans, results, late=0)
+    wide = [copy.copy(result) for result in results]
+    ranks.backward(layer, plans, results, late=len(results) - 1, dtype=torch.bfloat16)
+    for narrow, exact in zip(results, wide, strict=True):
+        assert torch.equal(narrow.dx, exact.dx) and torch.equal(narrow.dweights, exact.dweights)
+        for mine, theirs in zip([*narrow.dfc1, *narrow.dfc2], [*exact.dfc1, *exact.dfc2], strict=True):
+            assert mine.dtype == torch.bfloat16 and torch.equal(mine, theirs.bfloat16())
 
 
 def bits(result: RankResult, layer: Layer, rank: int) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.gpu.fused_run import VirtualRanks, assert_same_bits, one_rank
+from tests.gpu.fused_run import VirtualRanks, assert_bf16_gradients, assert_same_bits, one_rank
 from tests.gpu.layer_case import Case, Layer, assert_layer
 from tests.gpu.virtual import Load
 from tests.workloads import ROUTINGS
@@ -58,6 +58,13 @@ def test_virtual_ranks(case):
     assert_layer(layer, together)
     for late in (0, case.load.ranks - 1):
         assert_same_bits(layer, together, ranks.run(layer, late=late))
+
+
+def test_bf16_gradients():
+    """Of one rank and of several; one without tokens, experts without rows."""
+    for tokens in ((300,), (128, 0, 77, 5)):
+        layer = Layer(Case(Load("zipf", tokens, 3, 16), 512, 384, 1.0, 3.0))
+        assert_bf16_gradients(layer, VirtualRanks(layer))
 
 
 def test_bits_do_not_depend_on_the_number_of_ranks():

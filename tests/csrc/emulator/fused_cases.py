@@ -7,7 +7,7 @@ import copy
 import torch
 
 from megamoe_train import ops, ops_plan
-from tests.gpu.fused_run import VirtualRanks, assert_same_bits
+from tests.gpu.fused_run import VirtualRanks, assert_bf16_gradients, assert_same_bits
 from tests.gpu.gemm_case import Case as GemmCase
 from tests.gpu.gemm_case import assert_products, assert_wgrad
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
@@ -56,6 +56,11 @@ def fused_gradients() -> None:
                     assert torch.equal(got, had) != (is_wanted and had.any().item()), f"{name}, wanted: {wanted}"
             if wanted == (True, True):
                 assert all(torch.equal(got, 2 * had) for got, had in zip(now.dfc1, then.dfc1, strict=True))
+
+
+def fused_bf16_gradients() -> None:
+    layer = Layer(Case(Load("zipf", (40, 0, 61), 3, 12), 512, 384, 1.0, 3.0), device="cpu")
+    assert_bf16_gradients(layer, VirtualRanks(layer, 4, EmulatedRanks(layer.case.load, layer.case.hidden)))
 
 
 def fused_overflow() -> None:
@@ -112,6 +117,7 @@ CASES = {
     "fused, 2 ranks": lambda: fused(Case(Load("zipf", (40, 61), 3, 16), 512, 384, 1.0, 3.0), 4),
     "fused, 4 ranks": lambda: fused(Case(Load("some_dropped", (7, 0, 31, 20), 4, 16), 768, 128, 2.0, 2.0), 2),
     "fused, gradients added or not wanted": fused_gradients,
+    "fused, gradients in bf16": fused_bf16_gradients,
     "fused, overflow": fused_overflow,
     "moe through autograd": through_autograd,
     "gradients in fresh tensors": fresh_buffers,
