@@ -18,6 +18,8 @@ _RECIPES: dict[str, Callable[[World], Recipe]] = {
         debug,
         deepseek_v4_flash.deepseek_v4_flash_proxy_1gpu_h100_bf16,
         deepseek_v4_flash.deepseek_v4_flash_proxy_2gpu_h100_bf16,
+        deepseek_v4_flash.deepseek_v4_flash_proxy_4gpu_h100_bf16,
+        deepseek_v4_flash.deepseek_v4_flash_proxy_8gpu_h100_bf16,
         deepseek_v4_flash.deepseek_v4_flash_pretrain_120gpu_h100_bf16,
         deepseek_v4_flash.deepseek_v4_flash_pretrain_256gpu_h100_bf16,
         deepseek_v4_pro.deepseek_v4_pro_proxy_1gpu_h100_bf16,

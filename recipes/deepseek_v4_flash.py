@@ -28,13 +28,23 @@ def deepseek_v4_flash_pretrain_256gpu_h100_bf16(world: World) -> Recipe:
 
 def deepseek_v4_flash_proxy_1gpu_h100_bf16(world: World) -> Recipe:
     """3 layers of 32 experts: the rows per expert of the full model's layer at EP = 8."""
-    return _proxy("deepseek_v4_flash_proxy_1gpu_h100_bf16", world, layers=3, experts=32)
+    return _proxy("deepseek_v4_flash_proxy_1gpu_h100_bf16", world, layers=3, ranks=1)
 
 
 def deepseek_v4_flash_proxy_2gpu_h100_bf16(world: World) -> Recipe:
     """3 layers of 64 experts on 2 GPUs, EP = 2."""
     ran = "2x H200 141GB, 200 steps"
-    return _proxy("deepseek_v4_flash_proxy_2gpu_h100_bf16", world, layers=3, experts=64, ran=ran)
+    return _proxy("deepseek_v4_flash_proxy_2gpu_h100_bf16", world, layers=3, ranks=2, ran=ran)
+
+
+def deepseek_v4_flash_proxy_4gpu_h100_bf16(world: World) -> Recipe:
+    """3 layers of 128 experts on 4 GPUs, EP = 4."""
+    return _proxy("deepseek_v4_flash_proxy_4gpu_h100_bf16", world, layers=3, ranks=4)
+
+
+def deepseek_v4_flash_proxy_8gpu_h100_bf16(world: World) -> Recipe:
+    """3 layers of all 256 experts on 8 GPUs, EP = 8."""
+    return _proxy("deepseek_v4_flash_proxy_8gpu_h100_bf16", world, layers=3, ranks=8)
 
 
 def _pretrain(name: str, world: World, *, stages: int) -> Recipe:
@@ -61,8 +71,10 @@ def _pretrain(name: str, world: World, *, stages: int) -> Recipe:
     )
 
 
-def _proxy(name: str, world: World, *, layers: int, experts: int, ran: str = "") -> Recipe:
-    shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 64}
+def _proxy(name: str, world: World, *, layers: int, ranks: int, ran: str = "") -> Recipe:
+    """32 experts for each of the `ranks` of its name; two micro-batches a rank, and eight sequences at least."""
+    experts, batch = 32 * ranks, max(8, 4 * world.num_ranks)
+    shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 64, "global-batch-size": batch}
     return Recipe(
         name=name,
         summary=f"DeepSeek-V4-Flash's layer at its widths: {layers} layers, {experts} experts, top-6",
@@ -76,9 +88,9 @@ def _proxy(name: str, world: World, *, layers: int, experts: int, ran: str = "")
             shape,
             h100.PRECISION,
             h100.implementation(world),
-            h100.parallel(1, layers, expert=min(world.num_ranks, 2)),
+            h100.parallel(1, layers, expert=min(world.num_ranks, max(2, ranks))),
         ),
-        most_ranks=2,
+        most_ranks=max(2, ranks),
         has_run=ran,
         notes=(*v4.PROXY_NOTES, h100.run_note(ran)),
         stand_ins=v4.stand_ins(world)[:4],

@@ -39,6 +39,7 @@ from megamoe_train.training import launch
 from training_faults import FAULTS, replaced
 
 PROXY = "deepseek_v4_flash_proxy_{}gpu_h100_bf16"
+PROXY_RANKS = (1, 2, 4, 8)
 
 
 def one_run(
@@ -230,10 +231,10 @@ def curves_table(curves: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", help="default: the V4-Flash proxy for as many GPUs as there are (1 or 2)")
+    parser.add_argument("--recipe", help="default: the V4-Flash proxy for as many GPUs as there are (1, 2, 4 or 8)")
     parser.add_argument("--steps", type=int, default=200, help="of the curves")
     parser.add_argument("--skip", type=int, default=10, help="first steps that no time is taken from")
-    parser.add_argument("--ranks", type=int, help="processes (default: one for each GPU, at most 2; 2 without)")
+    parser.add_argument("--ranks", type=int, help="processes (default: 1, 2, 4 or 8 by the GPUs there are; 2 without)")
     parser.add_argument("--backend", default="fused", help="of megamoe (default: fused; the CPU has reference)")
     parser.add_argument("--only", choices=["curves", "gradients"], help="one of the two halves")
     parser.add_argument("--noise-runs", type=int, default=0, metavar="N", help="alltoall from weights moved by one ulp")
@@ -269,7 +270,7 @@ def compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     from megamoe_train.training import settings
 
     gpus = torch.cuda.device_count()
-    ranks = options.ranks or min(gpus, 2) or 2
+    ranks = options.ranks or max((most for most in PROXY_RANKS if most <= gpus), default=2)
     options.recipe = options.recipe or PROXY.format(ranks)
     options.out = options.out.resolve()
     steps = sorted(set(options.gradient_steps))

@@ -1,4 +1,5 @@
-"""Two processes, one GPU each: `moe` and MegaMoE over NVLink against fp64, and errors that all ranks share."""
+"""Two, four and eight processes, one GPU each: `moe` and MegaMoE over NVLink against fp64, and errors that all ranks
+share."""
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.gpu import hold
 from tests.gpu.fused_run import shape_of
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
 from tests.gpu.leaves import Leaves, MainGrads, assert_plain_passes, plain_passes
-from tests.gpu.virtual import DELAY, Load
+from tests.gpu.virtual import DELAY, Load, spread
 from tests.workloads import ROUTINGS
 
 pytestmark = [
@@ -20,10 +21,17 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs in one machine"),
 ]
 SHAPES = ((256, 128, None, 1.0), (512, 384, 1.0, 3.0), (2048, 256, 10.0, 1.0))
-CASES = [
-    Case(Load(kind, ((700, 411), (0, 333), (1024, 1024))[i % 3], 1 + i % 4, 16), *SHAPES[i % 3])
-    for i, kind in enumerate(ROUTINGS)
-]
+RANKS = [ranks for ranks in (2, 4, 8) if ranks <= max(2, torch.cuda.device_count())]
+
+
+def everyone(*values):
+    """A value a rank, over and over."""
+    return spread(values, dist.get_world_size())
+
+
+def cases() -> list[Case]:
+    tokens = (everyone(700, 411), everyone(0, 333), everyone(1024))
+    return [Case(Load(kind, tokens[i % 3], 1 + i % 4, 16), *SHAPES[i % 3]) for i, kind in enumerate(ROUTINGS)]
 
 
 def poison() -> None:
@@ -31,7 +39,7 @@ def poison() -> None:
 
 
 class RankLeaves(Leaves):
-    """This process's inputs of a layer of two ranks."""
+    """This process's inputs of a layer of all ranks."""
 
     def __init__(self, layer: Layer, rank: int, frozen: tuple[str, ...] = ()):
         alone = Layer.__new__(Layer)
@@ -58,15 +66,15 @@ def same(one: RankResult, other: RankResult) -> bool:
 
 
 def _workloads() -> None:
-    """Every workload; again with one rank late, then the other: the same bits."""
+    """Every workload; again with the first rank late, then the last: the same bits."""
     poison()
     rank = dist.get_rank()
-    for case in CASES:
+    for case in cases():
         layer = Layer(case)
         space = Workspace.create(shape_of(layer), group=dist.group.WORLD, deadline_s=5.0)
         first = step(layer, space)
         assert_layer(layer, {rank: first})
-        for late in (0, 1):
+        for late in (0, dist.get_world_size() - 1):
             if rank == late:
                 torch.cuda._sleep(DELAY)
             assert same(step(layer, space, recompute="fc1" if late else None), first), f"{case}, rank {late} late"
@@ -74,9 +82,9 @@ def _workloads() -> None:
 
 
 def _held() -> None:
-    """Another stream's kernel holds all SMs but those of one cluster, on both GPUs: the same bits."""
+    """Another stream's kernel holds all SMs but those of one cluster, on all GPUs: the same bits."""
     hold.build()
-    for case in CASES[:2]:
+    for case in cases()[:2]:
         layer = Layer(case)
         space = Workspace.create(shape_of(layer), group=dist.group.WORLD, deadline_s=5.0)
         first = step(layer, space)
@@ -91,8 +99,8 @@ def _held() -> None:
 def _overflow() -> None:
     """A hot rank outgrows the high water of a balanced start: launched again with room on every rank, same results."""
     poison()
-    calm = Layer(Case(Load("balanced", (1024, 1024), 2, 16), 512, 256))
-    hot = Layer(Case(Load("hot_rank", (1024, 1024), 2, 16), 512, 256), seed=3)
+    calm = Layer(Case(Load("balanced", everyone(1024), 2, 16), 512, 256))
+    hot = Layer(Case(Load("hot_rank", everyone(1024), 2, 16), 512, 256), seed=3)
     space = Workspace.create(shape_of(calm), group=dist.group.WORLD, deadline_s=5.0)
     step(calm, space)
     before = space.high_water
@@ -110,7 +118,7 @@ def _overflow() -> None:
 def _plain() -> None:
     """Second steps by one operator a pass; one of them outgrows the high water, and one rank is late."""
     poison()
-    rank, load = dist.get_rank(), {"tokens": (1024, 1024), "top_k": 2, "experts": 16}
+    rank, load = dist.get_rank(), {"tokens": everyone(1024), "top_k": 2, "experts": 16}
     calm, hot = (Layer(Case(Load(kind, *load.values()), 512, 256, 1.0, 3.0)) for kind in ("balanced", "hot_rank"))
     space = Workspace.create(shape_of(calm), group=dist.group.WORLD, deadline_s=5.0)
     options = {"group": dist.group.WORLD, "workspace": space}
@@ -131,8 +139,8 @@ def _plain() -> None:
 
 
 def _bad_ids() -> None:
-    """One rank's bad id is the same error on both, and the next call works."""
-    layer = Layer(Case(Load("uniform", (300, 300), 2, 8), 256, 128))
+    """One rank's bad id is the same error on all, and the next call works."""
+    layer = Layer(Case(Load("uniform", everyone(300), 2, 8), 256, 128))
     space = Workspace.create(shape_of(layer), group=dist.group.WORLD, deadline_s=5.0)
     leaves = RankLeaves(layer, dist.get_rank())
     ids = leaves.ids.clone()
@@ -145,24 +153,26 @@ def _bad_ids() -> None:
 
 
 def _refusals() -> None:
-    layer = Layer(Case(Load("uniform", (300, 300), 2, 8), 256, 128))
+    layer = Layer(Case(Load("uniform", everyone(300), 2, 8), 256, 128))
     leaves = RankLeaves(layer, dist.get_rank())
-    with pytest.raises(ValueError, match=r"workspace: got None with a group of 2 ranks; .*Workspace\.create"):
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with pytest.raises(ValueError, match=rf"workspace: got None with a group of {ranks} ranks; .*Workspace\.create"):
         leaves.forward(group=dist.group.WORLD)
     with pytest.raises(ValueError, match="workspace hidden: rank 1 of the EP group has 512, rank 0 has 256"):
-        Workspace.create(WorkspaceShape(2, 8, 2, 256 * (1 + dist.get_rank()), 300), group=dist.group.WORLD)
+        Workspace.create(WorkspaceShape(ranks, 8, 2, 512 if rank == 1 else 256, 300), group=dist.group.WORLD)
     with pytest.raises(ValueError, match="tokens: got None; allowed: the most tokens a rank brings to one call"):
-        MegaMoE(MegaMoEConfig(256, 128, 8, 2, ep_size=2), dist.group.WORLD, device="cuda", dtype=torch.bfloat16)
+        MegaMoE(MegaMoEConfig(256, 128, 8, 2, ep_size=ranks), dist.group.WORLD, device="cuda", dtype=torch.bfloat16)
 
 
 def _uneven_needs() -> None:
     """Ranks may freeze different things, fc1 on one of them too: the other gradients keep their bits."""
     poison()
-    layer = Layer(Case(Load("uniform", (300, 200), 2, 8), 256, 128))
+    layer = Layer(Case(Load("uniform", everyone(300, 200), 2, 8), 256, 128))
     space = Workspace.create(shape_of(layer), group=dist.group.WORLD, deadline_s=5.0)
     options = {"group": dist.group.WORLD, "workspace": space}
     full = RankLeaves(layer, dist.get_rank()).run(**options)
-    for frozen in ([("fc1",), ()], [(), ("fc1", "fc2")], [("x",), ("p",)], [("fc1",), ("fc1",)]):
+    for pair in ([("fc1",), ()], [(), ("fc1", "fc2")], [("x",), ("p",)], [("fc1",), ("fc1",)]):
+        frozen = everyone(*pair)
         part = RankLeaves(layer, dist.get_rank(), frozen[dist.get_rank()]).run(**options)
         for name, tensors in part.named().items():
             for mine, theirs in zip(tensors, full.named()[name], strict=True):
@@ -176,8 +186,9 @@ def _uneven_needs() -> None:
 def _pipeline_order() -> None:
     """Four forwards in flight over one workspace, backwards in another order, no_grad in between: no bit changes."""
     poison()
-    layers = [Layer(Case(Load("uniform", (t, 400 - t), 2, 8), 256, 128), seed=t) for t in (10, 200, 399, 77)]
-    space = Workspace.create(WorkspaceShape(2, 8, 2, 256, 400), group=dist.group.WORLD, deadline_s=5.0)
+    layers = [Layer(Case(Load("uniform", everyone(t, 400 - t), 2, 8), 256, 128), seed=t) for t in (10, 200, 399, 77)]
+    shape = WorkspaceShape(dist.get_world_size(), 8, 2, 256, 400)
+    space = Workspace.create(shape, group=dist.group.WORLD, deadline_s=5.0)
     together, alone = ([RankLeaves(layer, dist.get_rank()) for layer in layers] for _ in range(2))
     options = {"group": dist.group.WORLD, "workspace": space}
     for leaves in alone:
@@ -194,10 +205,10 @@ def _pipeline_order() -> None:
 
 
 def _training() -> None:
-    """MegaMoE over two ranks, 200 Adam steps: the loss follows that of the reference backend over the same group."""
+    """MegaMoE over all ranks, 200 Adam steps: the loss follows that of the reference backend over the same group."""
     torch.manual_seed(0)
     rank, losses = dist.get_rank(), {}
-    config = {"num_experts": 8, "top_k": 2, "ep_size": 2, "clamp": 10.0}
+    config = {"num_experts": 8, "top_k": 2, "ep_size": dist.get_world_size(), "clamp": 10.0}
     for backend in ("fused", "reference"):
         torch.manual_seed(0)
         make = MegaMoEConfig(256, 128, **config, backend=backend)
@@ -235,13 +246,13 @@ CHECKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[list[str], Exception | None]:
-    """Names of the checks that both ranks of one pair of processes finished, and what ended it early."""
+@pytest.fixture(scope="module", params=RANKS, ids=lambda ranks: f"{ranks} ranks")
+def finished(request, tmp_path_factory) -> tuple[list[str], Exception | None]:
+    """Names of the checks that all ranks of one set of processes finished, and what ended it early."""
     log, error = tmp_path_factory.mktemp("ranks") / "finished", None
     log.touch()
     try:
-        processes.run(run_checks, 2, str(log))
+        processes.run(run_checks, request.param, str(log))
     except Exception as raised:  # torch's wrapper of a rank's exception, with its traceback as text
         error = raised
     return log.read_text().split(), error
@@ -259,7 +270,7 @@ def run_checks(log: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(finished, name):
+def test_processes(finished, name):
     done, error = finished
     if name in done:
         return

@@ -1,4 +1,5 @@
-"""Two processes, one GPU each, over NVLink: exact under skew, progress beside other kernels, failures by name."""
+"""Two, four and eight processes, one GPU each, over NVLink: exact under skew, progress beside other kernels, failures
+by name."""
 
 import os
 import re
@@ -14,10 +15,11 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs that reach each other's memory"),
 ]
 
+RANKS = [ranks for ranks in (2, 4, 8) if ranks <= max(2, torch.cuda.device_count())]
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 100
 FAULTS = {
-    # what rank 1 does: (rank 0's message, rank 0 must know within seconds, exit status of rank 1)
+    # what rank 1 does: (the others' message, they must know within seconds, exit status of rank 1)
     "killed": ("gave up waiting for .* of rank 1: deadline passed", 8, -9),
     "never_launches": ("gave up waiting for .* of rank 1: deadline passed", 8, 0),
     "backward": (
@@ -27,10 +29,10 @@ FAULTS = {
 }  # fmt: skip
 
 
-def start(tmp_path: Path, *scenarios: str, **environment: str) -> list[subprocess.Popen]:
+def start(tmp_path: Path, ranks: int, *scenarios: str, **environment: str) -> list[subprocess.Popen]:
     tmp_path.mkdir(parents=True, exist_ok=True)
     variables = {**os.environ, "MEGAMOE_RECORD_DIR": str(tmp_path), **environment}
-    command = [sys.executable, "-m", "tests.gpu.two_ranks", str(tmp_path / "store")]
+    command = [sys.executable, "-m", "tests.gpu.two_ranks", str(tmp_path / "store"), str(ranks)]
     return [
         subprocess.Popen(
             [*command, str(rank), *scenarios],
@@ -40,7 +42,7 @@ def start(tmp_path: Path, *scenarios: str, **environment: str) -> list[subproces
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for rank in range(2)
+        for rank in range(ranks)
     ]
 
 
@@ -62,29 +64,35 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return results
 
 
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("scenario", ["exact", "staged", "held"])
-def test_two_processes(scenario, tmp_path):
-    for rank, (code, out, err) in enumerate(finish(start(tmp_path, scenario))):
+def test_processes(scenario, ranks, tmp_path):
+    for rank, (code, out, err) in enumerate(finish(start(tmp_path, ranks, scenario))):
         assert code == 0 and f"passed {scenario}" in out, f"rank {rank}: exit {code}\n{out}\n{err}"
 
 
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("connections", ["1", "8"])
-def test_beside_nccl_in_both_launch_orders(connections, tmp_path):
-    running = start(tmp_path, "beside_nccl", CUDA_DEVICE_MAX_CONNECTIONS=connections)
+def test_beside_nccl_in_both_launch_orders(connections, ranks, tmp_path):
+    running = start(tmp_path, ranks, "beside_nccl", CUDA_DEVICE_MAX_CONNECTIONS=connections)
     for rank, (code, out, err) in enumerate(finish(running)):
         assert code == 0, f"rank {rank}: exit {code}\n{out}\n{err}"
 
 
-def test_faults_are_named(tmp_path):
-    running = {name: start(tmp_path / name, name) for name in FAULTS}
+@pytest.mark.parametrize("ranks", RANKS)
+def test_faults_are_named(ranks, tmp_path):
+    running = {name: start(tmp_path / name, ranks, name) for name in FAULTS}
     for name, processes in running.items():
-        (code, out, err), (peer_code, peer_out, peer_err) = finish(processes)
+        results = finish(processes)
         message, seconds, peer_wanted = FAULTS[name]
-        shown = f"{name}: rank 0 exit {code}\n{out}\n{err}\nrank 1 exit {peer_code}\n{peer_out}\n{peer_err}"
-        assert code == 7, shown
-        assert peer_code == peer_wanted, shown
-        raised = re.search(r"RAISED after ([\d.]+) s: megamoe: (.*)", out)
-        assert raised and re.search(message, raised[2]), shown
-        assert float(raised[1]) < seconds, shown
-        record = (tmp_path / name / "megamoe-timeout-rank0.txt").read_text()
-        assert raised[2].split(" (block")[0] in record and "gave up waiting" in err, shown
+        shown = "\n".join(f"{name}: rank {r} exit {code}\n{out}\n{err}" for r, (code, out, err) in enumerate(results))
+        assert results[1][0] == peer_wanted, shown
+        for rank, (code, out, err) in enumerate(results):
+            if rank == 1:
+                continue
+            assert code == 7, shown
+            raised = re.search(r"RAISED after ([\d.]+) s: megamoe: (.*)", out)
+            assert raised and re.search(message, raised[2]), shown
+            assert float(raised[1]) < seconds, shown
+            record = (tmp_path / name / f"megamoe-timeout-rank{rank}.txt").read_text()
+            assert raised[2].split(" (block")[0] in record and "gave up waiting" in err, shown

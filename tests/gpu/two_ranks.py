@@ -1,4 +1,5 @@
-"""One of two processes, one GPU each: `python -m tests.gpu.two_ranks STORE RANK SCENARIO ...`. See test_two_gpus.py."""
+"""One of several processes, one GPU each: `python -m tests.gpu.two_ranks STORE RANKS RANK SCENARIO ...`. See
+test_two_gpus.py."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from megamoe_train import ops_comm, ops_plan, watchdog
 from megamoe_train.staged import Staged
 from megamoe_train.workspace import Shape, Workspace
 from tests.gpu import hold
-from tests.gpu.virtual import Data, Load, assert_same
+from tests.gpu.virtual import Data, Load, assert_same, spread
 
 DEADLINE_S = 3.0
 HUNG_S = 60
@@ -73,19 +74,25 @@ class Rank:
         return [moved[0][0][:rows], moved[0][1][:rows], moved[4][0], moved[4][1]]
 
 
+def load_of(kind: str, tokens: tuple[int, ...], top_k: int, experts: int) -> Load:
+    """Of all ranks: `tokens` over and over, and at least an expert for each."""
+    ranks = dist.get_world_size()
+    return Load(kind, spread(tokens, ranks), top_k, max(experts, ranks))
+
+
 LOADS = (
-    (Load("uniform", (8192, 4099), 6, 256), 4096),
-    (Load("zipf", (128, 1), 8, 128), 7168),
-    (Load("hot_rank", (0, 7), 2, 2), 256),
-    (Load("some_dropped", (4099, 128), 1, 64), 2304),
-    (Load("empty_rank", (7, 128), 2, 16), 768),
+    (("uniform", (8192, 4099), 6, 256), 4096),
+    (("zipf", (128, 1), 8, 128), 7168),
+    (("hot_rank", (0, 7), 2, 2), 256),
+    (("some_dropped", (4099, 128), 1, 64), 2304),
+    (("empty_rank", (7, 128), 2, 16), 768),
 )
 
 
 def exact(rank: int) -> None:
     """Every row exact, whichever rank is 100 ms late and however many SMs move them; the bits of a seed repeat."""
     for load, hidden in LOADS:
-        one = Rank(rank, load, hidden)
+        one = Rank(rank, load_of(*load), hidden)
         results = [one.layer(5, late=late, num_sms=sms) for late, sms in ((None, 24), (0, 0), (1, 7), (None, 2))]
         for again in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True)), "other bits"
@@ -96,16 +103,16 @@ def exact(rank: int) -> None:
 
 def staged(rank: int) -> None:
     """Around foreign experts, autograd through tokens and probs: against the same routing on one process."""
-    load = Load("some_dropped", (500, 300), 4, 24)
+    load = load_of("some_dropped", (500, 300), 4, 24)
     one = Rank(rank, load, 1024)
     mover = Staged(one.workspace)
-    one.workspace.high_water = 128  # the first call overflows on both ranks, which launch again
+    one.workspace.high_water = 128  # the first call overflows on every rank, which launches again
     for seed in range(4):
         data = Data(load, one.hidden, seed)
         ids, x = data.ids[rank].cuda(), data.xs[rank].clone().requires_grad_()
-        spread = torch.zeros(len(ids), load.experts + 1, device="cuda")
-        spread.scatter_(1, ids.where(ids >= 0, load.experts), data.ps[rank])
-        probs = spread[:, : load.experts].contiguous().requires_grad_()
+        wide = torch.zeros(len(ids), load.experts + 1, device="cuda")
+        wide.scatter_(1, ids.where(ids >= 0, load.experts), data.ps[rank])
+        probs = wide[:, : load.experts].contiguous().requires_grad_()
         if rank == seed % 2:
             time.sleep(LATE_S)
         topk_ids, weights = mover.route(probs.detach() > 0, probs)
@@ -128,7 +135,7 @@ def staged(rank: int) -> None:
 
 def many_seeds(rank: int) -> None:
     """For the build with random delays: many routings, bits compared with the twin's."""
-    for load, hidden in ((Load("zipf", (300, 500), 4, 32), 1024), (Load("some_dropped", (64, 7), 2, 8), 256)):
+    for load, hidden in ((load_of("zipf", (300, 500), 4, 32), 1024), (load_of("some_dropped", (64, 7), 2, 8), 256)):
         one = Rank(rank, load, hidden)
         for seed in range(60):
             one.layer(seed, late=None, num_sms=(0, 1, 5)[seed % 3])
@@ -138,7 +145,7 @@ def many_seeds(rank: int) -> None:
 def held(rank: int) -> None:
     """Another stream's kernel holds all SMs but one."""
     hold.build()
-    for load, hidden in ((Load("uniform", (600, 300), 6, 64), 1024), (Load("hot_rank", (7, 128), 2, 16), 512)):
+    for load, hidden in ((load_of("uniform", (600, 300), 6, 64), 1024), (load_of("hot_rank", (7, 128), 2, 16), 512)):
         one = Rank(rank, load, hidden)
         for sms in (0, 1):
             one.layer(1, num_sms=sms)
@@ -154,7 +161,7 @@ def held(rank: int) -> None:
 
 def beside_nccl(rank: int) -> None:
     """All-reduces on another stream, launched before and after."""
-    one = Rank(rank, Load("uniform", (2000, 1000), 6, 64), 2048)
+    one = Rank(rank, load_of("uniform", (2000, 1000), 6, 64), 2048)
     big, other = torch.ones(64 << 20, device="cuda"), torch.cuda.Stream()
     one.layer(0)
     dist.all_reduce(big)
@@ -179,8 +186,8 @@ def beside_nccl(rank: int) -> None:
 
 
 def _last_step(rank: int, peer_does, deadline_s: float = DEADLINE_S) -> None:
-    """A good layer; then rank 1 does something else, and rank 0 must be told so."""
-    one = Rank(rank, LOADS[1][0], 1024, deadline_s)
+    """A good layer; then rank 1 does something else, and the others must be told so."""
+    one = Rank(rank, load_of(*LOADS[1][0]), 1024, deadline_s)
     one.layer(0)
     data = Data(one.load, one.hidden, 1)
     dist.barrier()
@@ -241,12 +248,12 @@ SCENARIOS = {
 }
 
 
-def main(store: str, rank: str, *names: str) -> None:
+def main(store: str, ranks: str, rank: str, *names: str) -> None:
     faulthandler.dump_traceback_later(HUNG_S)  # tells where, should it hang all the same
     torch.cuda.set_device(int(rank))
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
     dist.init_process_group(
-        "nccl", init_method=f"file://{store}", rank=int(rank), world_size=2, timeout=timedelta(seconds=40),
+        "nccl", init_method=f"file://{store}", rank=int(rank), world_size=int(ranks), timeout=timedelta(seconds=40),
         device_id=torch.device("cuda", int(rank)),
     )  # fmt: skip
     for name in names:
