@@ -19,11 +19,12 @@ from .megatron_layer import MegatronLayer, missing
 from .timing import CuBLAS
 from .unfused import Kept, Unfused, route
 
-NAMES = ("ours", "ours-written", "unfused", "unfused-routed", "unfused-fp32", "megatron")
+NAMES = ("ours", "ours-written", "ours-recomputed", "unfused", "unfused-routed", "unfused-fp32", "megatron")
 DEFAULT = ("ours", "unfused", "unfused-routed", "megatron")
 MEANING = {
     "ours": "megamoe_train.moe(), fp32 weight gradients added to main_grad",
     "ours-written": "megamoe_train.moe(), weight gradients written once in bf16",
+    "ours-recomputed": "as ours, h not kept but computed again in backward (recompute='fc1')",
     "unfused": "torch._grouped_mm, all_to_all_single and index operations, weight gradients written once in bf16",
     "unfused-routed": "the same, routing and its host sync done before the clock starts",
     "unfused-fp32": "as unfused, weight gradients added to fp32 main_grad",
@@ -60,8 +61,11 @@ class MainGrads:
 class Ours:
     moves = (2, 3)  # x, y; dy, x again, dx
 
-    def __init__(self, shape: Shape, weights: Weights, group: dist.ProcessGroup | None, *, written: bool, workspace):
-        self.shape, self.group, self.workspace = shape, group, workspace
+    def __init__(
+        self, shape: Shape, weights: Weights, group: dist.ProcessGroup | None, *, written: bool, recompute: str | None,
+        workspace,
+    ):  # fmt: skip
+        self.shape, self.group, self.workspace, self.recompute = shape, group, workspace, recompute
         self.fc1, self.fc2 = (torch.nn.Parameter(weight) for weight in (weights.fc1, weights.fc2))
         self.sink = None if written else MainGrads([(self.fc1, weights.grad1), (self.fc2, weights.grad2)])
 
@@ -72,7 +76,7 @@ class Ours:
     def forward(self, inputs: Routing) -> Tensor:
         return moe(
             inputs.x, inputs.ids, inputs.weights, self.fc1, self.fc2, clamp=self.shape.clamp, group=self.group,
-            workspace=self.workspace, wgrad_sink=self.sink,
+            workspace=self.workspace, wgrad_sink=self.sink, recompute=self.recompute,
         )  # fmt: skip
 
     def backward(self, inputs: Routing, state: Tensor) -> Tensor:
@@ -153,7 +157,8 @@ def make(
         workspace = Workspace.create(size, group=group, deadline_s=60.0)
     for name in names:
         if name.startswith("ours"):
-            made[name] = Ours(shape, weights, group, written=name == "ours-written", workspace=workspace)
+            options = {"written": name == "ours-written", "recompute": "fc1" if name == "ours-recomputed" else None}
+            made[name] = Ours(shape, weights, group, **options, workspace=workspace)
         elif name == "megatron":
             if (why := missing()) is not None:
                 absent[name] = why
