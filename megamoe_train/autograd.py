@@ -128,9 +128,6 @@ class _Buffer:
     def __init__(self, sink: WeightGradSink, weight: Tensor, given: Tensor | None):
         self.sink, self.weight, self.given = sink, weight, given
         self.fresh: Tensor | None = None
-        if given is not None and given.dtype != reference.wide(weight.dtype):
-            allowed = reference.wide(weight.dtype)
-            raise ValueError(f"wgrad_sink: got a buffer of {given.dtype}; allowed: {allowed}, which is added to")
 
     def make(self, fill: Callable[..., Tensor], narrow: bool) -> None:
         if self.given is None:

@@ -156,6 +156,8 @@ class FusedBackend:
             # and one that wants no dfc1 has it computed into a spare matrix.
             dfc1, dfc2 = dfc1 if need.fc1 else None, dfc2 if need.fc2 else None
             dtype = _dtype_of(dfc1, dfc2)
+            if dtype != torch.float32 and not (dtype == torch.bfloat16 and all(overwrite)):
+                raise ValueError(f"wgrad_sink: got a buffer of {dtype}; allowed: {torch.float32}, which is added to")
             first = _Targets(dfc1, fc1, overwrite[0], dtype, always=plan.ep_size > 1)
             second = _Targets(dfc2, fc2, overwrite[1], dtype)
             tables = self._table_of(first, x.device), self._table_of(second, x.device)

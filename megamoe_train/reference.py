@@ -145,7 +145,8 @@ EVERY_GRADIENT = Need()
 
 
 class Grads(NamedTuple):
-    """What backward returns; None where `Need` said no. Weight gradients are fp32 (fp64 for fp64), per local expert."""
+    """What backward returns; None where `Need` said no. Weight gradients are per local expert, in the
+    dtype of the buffers given, else fp32 (fp64 for fp64)."""
 
     dx: Tensor | None  # [T, H], dtype of x
     dweights: Tensor | None  # [T, K], fp32 (fp64 for fp64); dropped slots zero

@@ -135,6 +135,6 @@ def proxy_batch(world: World) -> dict[str, Any]:
 PROXY_NOTES = (
     "a proxy: widths, top-k, router, clamp and shared expert are the published ones; layers, experts, vocabulary, "
     "heads' width and batch are cut to fit, and there is no prediction layer",
-    "batches have 32 thousand tokens (128 thousand on 8 GPUs) instead of millions: the learning rate is 1e-4 at most, "
+    "batches have 32 thousand tokens (64 on 4 GPUs, 128 on 8) instead of millions: the learning rate is 1e-4 at most, "
     "reached half way",
 )

@@ -72,8 +72,8 @@ def _pretrain(name: str, world: World, *, stages: int) -> Recipe:
 
 
 def _proxy(name: str, world: World, *, layers: int, ranks: int, ran: str = "") -> Recipe:
-    """32 experts for each of the `ranks` of its name; two micro-batches a rank, and eight sequences at least."""
-    experts, batch = 32 * ranks, max(8, 4 * world.num_ranks)
+    """32 experts for each of the `ranks` of its name, and four sequences a step, eight at least."""
+    experts, batch = 32 * ranks, max(8, 4 * ranks)
     shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 64, "global-batch-size": batch}
     return Recipe(
         name=name,

@@ -1,6 +1,6 @@
 """The same training twice, by alltoall and by megamoe: losses in one plot, gradients by the 2x rule, times and memory.
 
-    python scripts/compare_training.py                                  # V4-Flash proxy, 2 GPUs, 200 steps
+    python scripts/compare_training.py                                  # V4-Flash proxy, all GPUs, 200 steps
     python scripts/compare_training.py --only curves --noise-runs 3     # and how far rounding moves alltoall
     python scripts/compare_training.py --only curves --fixed-rows 98304 # and megamoe with pools of a fixed size
     python scripts/compare_training.py --only gradients --faults weight wgrad slot clamp --noise-runs 3 \\

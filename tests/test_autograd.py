@@ -158,14 +158,6 @@ def test_a_sink_sees_the_parameter_even_when_hooks_replace_what_is_kept():
     assert (sink.main_grad[id(leaves["fc1"])] != 0.5).any()
 
 
-def test_a_sinks_buffer_must_be_fp32():
-    leaves, ids, dy = leaves_of(make_layer([20], dtype=torch.bfloat16))
-    sink = MainGrads(leaves["fc1"], leaves["fc2"])
-    sink.main_grad = {key: buffer.bfloat16() for key, buffer in sink.main_grad.items()}
-    with pytest.raises(ValueError, match=r"wgrad_sink: got a buffer of torch.bfloat16; allowed: torch.float32"):
-        run(leaves, ids, dy, wgrad_sink=sink)
-
-
 def test_frozen_weights_never_reach_the_sink():
     leaves, ids, dy = leaves_of(make_layer([20]), frozen=("fc1",))
     sink = MainGrads()

@@ -130,6 +130,17 @@ def test_buffers_that_tma_cannot_write_and_frozen_experts(fused):  # noqa: F811
     assert fused[1].calls[-1][1]["accumulate"][0] is True
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sinks_buffer_must_be_fp32(fused, dtype):  # noqa: F811
+    """Found out inside the launch, so that peers are told."""
+    leaves, ids, dy = leaves_of(layer_of())
+    sink = MainGrads(leaves["fc1"], leaves["fc2"])
+    sink.main_grad = {key: buffer.to(dtype) for key, buffer in sink.main_grad.items()}
+    with pytest.raises(ValueError, match=rf"wgrad_sink: got a buffer of {dtype}; allowed: torch.float32"):
+        run(leaves, ids, dy, wgrad_sink=sink)
+    assert fused[1].names() == ["forward"]
+
+
 def test_one_of_several_ranks_that_has_frozen_fc1_still_takes_part():
     """Its peers may want dfc1, for which they pull this rank's x: the gradient goes to a matrix that nobody reads."""
     from megamoe_train.fused import _Targets

@@ -16,10 +16,15 @@ IDLE_S = 0.040
 LEAD_CYCLES = 400_000  # ~0.2 ms of spinning before a paced measurement: the launch is queued when the clock starts
 
 
-def alternate(candidates: dict[str, Callable[[int], None]], iterations: int, *, paced: bool) -> dict[str, float]:
-    """Median milliseconds of each candidate; it is called with the iteration's number, to rotate its inputs."""
+def alternate(
+    candidates: dict[str, Callable[[int], None]], iterations: int, *, paced: bool,
+    before: Callable[[], None] = lambda: None,
+) -> dict[str, float]:  # fmt: skip
+    """Median milliseconds of each candidate; it is called with the iteration's number, to rotate its inputs. before:
+    each call, untimed."""
     for warm in range(2):
         for run in candidates.values():
+            before()
             run(warm)
     torch.cuda.synchronize()
     names = list(candidates)
@@ -27,6 +32,7 @@ def alternate(candidates: dict[str, Callable[[int], None]], iterations: int, *, 
     for iteration in range(iterations):
         turn = iteration % len(names)
         for name in names[turn:] + names[:turn]:
+            before()
             if paced:
                 torch.cuda.synchronize()
                 time.sleep(IDLE_S)

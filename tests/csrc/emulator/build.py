@@ -11,7 +11,8 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
-EMULATOR = ("emulator.cpp", "copies.cpp", "matrix.cpp")
+EMULATOR = ("emulator.cpp", "copies.cpp", "matrix.cpp", "memory.cpp")
+POISONED = "-Daoti_torch_empty_strided=emulator_empty_strided"  # memory.cpp
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-w", "-Wno-psabi", "-x", "c++")
 SMALLER = {"schedule/pulls.cuh": ("kPullLeadBytes = 12 << 20", "kPullLeadBytes = 1")}  # so that small loads wait for it
 
@@ -42,7 +43,8 @@ def compile_one(source: Path, tree: Path, target: Path) -> None:
     torch_headers = Path(torch.__file__).parent / "include"
     include = [f"-I{HERE}", f"-I{tree}", f"-isystem{torch_headers}"]
     include.append(f"-isystem{torch_headers / 'torch/csrc/api/include'}")
-    subprocess.run(["g++", *FLAGS, *include, "-MMD", "-c", source, "-o", target], check=True)
+    poisoned = [] if source.parent == HERE else [POISONED]
+    subprocess.run(["g++", *FLAGS, *poisoned, *include, "-MMD", "-c", source, "-o", target], check=True)
 
 
 def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None, base: Path | None = None) -> Path:
