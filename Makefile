@@ -24,7 +24,7 @@ lint:  ## ruff and clang-format, without changing a file
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	.venv/bin/shellcheck launch/*.sh launch/train.slurm launch/cluster.env.example scripts/bootstrap scripts/sanitize
-	git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp' | xargs -r .venv/bin/clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp' 'tests/*.hpp' | xargs -r .venv/bin/clang-format --dry-run -Werror
 
 docs:  ## write the tables of docs/configuration.md and docs/recipes.md from the code
 	@sh scripts/bootstrap

@@ -72,8 +72,9 @@ def _pretrain(name: str, world: World, *, stages: int) -> Recipe:
 
 
 def _proxy(name: str, world: World, *, layers: int, ranks: int, ran: str = "") -> Recipe:
-    """32 experts for each of the `ranks` of its name, and four sequences a step, eight at least."""
-    experts, batch = 32 * ranks, max(8, 4 * ranks)
+    """32 experts for each of the `ranks` of its name, and four sequences a step, or the smaller proxies' batch."""
+    experts, most = 32 * ranks, max(2, ranks)
+    batch = max(v4.PROXY["global-batch-size"], 4 * ranks)
     shape = {"num-layers": layers, "num-experts": experts, "num-attention-heads": 64, "global-batch-size": batch}
     return Recipe(
         name=name,
@@ -88,9 +89,9 @@ def _proxy(name: str, world: World, *, layers: int, ranks: int, ran: str = "") -
             shape,
             h100.PRECISION,
             h100.implementation(world),
-            h100.parallel(1, layers, expert=min(world.num_ranks, max(2, ranks))),
+            h100.parallel(1, layers, expert=min(world.num_ranks, most)),
         ),
-        most_ranks=max(2, ranks),
+        most_ranks=most,
         has_run=ran,
         notes=(*v4.PROXY_NOTES, h100.run_note(ran)),
         stand_ins=v4.stand_ins(world)[:4],

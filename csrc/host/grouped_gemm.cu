@@ -26,9 +26,8 @@ void run_grouped_gemm(const GroupedGemmArgs& args) {
         throw std::runtime_error("megamoe: " + std::to_string(args.num_experts) + " local experts; allowed are 1 to " +
                                  std::to_string(kMaxExperts));
     }
-    if (gemm == Gemm::kWgradBf16 && args.accumulate) {
-        throw std::runtime_error("megamoe: weight gradients in bf16 are written, never added to");
-    }
+    require(gemm != Gemm::kWgradBf16 || !args.accumulate, "accumulate", 1,
+            "0: weight gradients in bf16 are written, never added to");
     check(cudaMemsetAsync(args.claims, 0, sizeof(int), args.stream), "clearing the work queue");
     // An empty pool has no tensor map, and no work but the zeros of a first wgrad.
     if (rows == 0 && !(wgrad && !args.accumulate)) return;

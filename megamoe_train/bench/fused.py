@@ -20,6 +20,7 @@ from .timing import CuBLAS, alternate
 
 # name -> products of 2 T K H I operations that it holds: fc1 and dgrad1, wgrad1 two each, the others one
 UNITS = {"fwd": 3, "fwd alone": 3, "bwd": 6, "dgrads": 3, "dgrads alone": 3, "wgrads alone": 3}
+READ_H = ("bwd", "dgrads", "dgrads alone")
 
 
 class Case:
@@ -46,9 +47,10 @@ class Case:
         run(self.backward)
         self.rows = torch.empty_like(self.forward.pool)  # what fc2 and dgrad1 alone write
 
-    def restore(self) -> None:
-        """h, whose place a backward has given to dh."""
-        self.forward.h.copy_(self.h)
+    def restore(self, name: str) -> None:
+        """h for a candidate that reads it: a backward before has given its place to dh."""
+        if name in READ_H:
+            self.forward.h.copy_(self.h)
 
     def candidates(self) -> dict[str, Callable[[int], None]]:
         forward, backward, maps, groups = self.forward, self.backward, self.maps, self.groups

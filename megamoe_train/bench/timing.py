@@ -18,13 +18,13 @@ LEAD_CYCLES = 400_000  # ~0.2 ms of spinning before a paced measurement: the lau
 
 def alternate(
     candidates: dict[str, Callable[[int], None]], iterations: int, *, paced: bool,
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:  # fmt: skip
-    """Median milliseconds of each candidate; it is called with the iteration's number, to rotate its inputs. before:
-    each call, untimed."""
+    """Median milliseconds of each candidate; it is called with the iteration's number, to rotate its inputs. `before`
+    is called with its name, untimed."""
     for warm in range(2):
-        for run in candidates.values():
-            before()
+        for name, run in candidates.items():
+            before(name)
             run(warm)
     torch.cuda.synchronize()
     names = list(candidates)
@@ -32,7 +32,7 @@ def alternate(
     for iteration in range(iterations):
         turn = iteration % len(names)
         for name in names[turn:] + names[:turn]:
-            before()
+            before(name)
             if paced:
                 torch.cuda.synchronize()
                 time.sleep(IDLE_S)

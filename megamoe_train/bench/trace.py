@@ -94,7 +94,7 @@ def record(case: fused.Case, which: str) -> Recorded:
     call = case.forward if which == "fwd" else case.backward
     for _ in range(3):
         fused.run(call)
-        case.restore()
+        case.restore(which)
     memory = torch.zeros(torch.ops.megamoe.trace_size(), dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
     torch.ops.megamoe.set_trace(memory.data_ptr())

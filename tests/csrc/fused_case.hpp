@@ -102,16 +102,16 @@ inline void plan(Case& work) {
 
 inline void choose_products(Case& work, Random& random) {
     const int products = work.backward ? 4 : 2;
+    const Pass pass = work.backward ? Pass::kBackward : Pass::kForward;
     for (int product = 0; product < products; ++product) {
-        const ProductShape shape = product_shape(work.backward ? Pass::kBackward : Pass::kForward, product, work.inter, work.hidden);
+        const ProductShape shape = product_shape(pass, product, work.inter, work.hidden);
         const bool wgrad = is_wgrad(shape.gemm);
         work.products[product] = {shape.gemm, shape.m_extent, shape.n_extent, wgrad && random.chance(70),
                                   !wgrad || random.chance(80)};
     }
-    for (int product = kProductWgrad2; product < products; ++product) {  // gradients in bf16 are never added to
-        if (!work.products[kProductWgrad2].accumulate && !work.products[kProductWgrad1].accumulate) {
-            work.products[product].gemm = Gemm::kWgradBf16;
-        }
+    Product &wgrad2 = work.products[kProductWgrad2], &wgrad1 = work.products[kProductWgrad1];
+    if (work.backward && !wgrad2.accumulate && !wgrad1.accumulate) {  // those in bf16 are never added to
+        wgrad2.gemm = wgrad1.gemm = Gemm::kWgradBf16;
     }
     work.num_pulls = work.backward && work.products[kProductWgrad1].wanted ? 2 : 1;
 }

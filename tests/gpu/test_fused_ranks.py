@@ -13,7 +13,8 @@ from tests.gpu import hold
 from tests.gpu.fused_run import shape_of
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
 from tests.gpu.leaves import Leaves, MainGrads, assert_plain_passes, plain_passes
-from tests.gpu.virtual import DELAY, Load, spread
+from tests.gpu.processes import RANKS, spread
+from tests.gpu.virtual import DELAY, Load
 from tests.workloads import ROUTINGS
 
 pytestmark = [
@@ -21,7 +22,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs in one machine"),
 ]
 SHAPES = ((256, 128, None, 1.0), (512, 384, 1.0, 3.0), (2048, 256, 10.0, 1.0))
-RANKS = [ranks for ranks in (2, 4, 8) if ranks <= max(2, torch.cuda.device_count())]
 
 
 def everyone(*values):

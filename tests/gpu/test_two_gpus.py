@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.gpu.processes import RANKS
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs that reach each other's memory"),
 ]
 
-RANKS = [ranks for ranks in (2, 4, 8) if ranks <= max(2, torch.cuda.device_count())]
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 100
 FAULTS = {

@@ -17,7 +17,8 @@ from megamoe_train import ops_comm, ops_plan, watchdog
 from megamoe_train.staged import Staged
 from megamoe_train.workspace import Shape, Workspace
 from tests.gpu import hold
-from tests.gpu.virtual import Data, Load, assert_same, spread
+from tests.gpu.processes import spread
+from tests.gpu.virtual import Data, Load, assert_same
 
 DEADLINE_S = 3.0
 HUNG_S = 60

@@ -43,11 +43,6 @@ class Load:
         return f"{self.kind}-T{'.'.join(map(str, self.tokens))}-K{self.top_k}-E{self.experts}"
 
 
-def spread(values: tuple, ranks: int) -> tuple:
-    """As many, over and over."""
-    return tuple(values[rank % len(values)] for rank in range(ranks))
-
-
 class Ranks:
     """Workspaces of all ranks. `streams`: each rank on its own stream, so that they really wait for each other."""
 
