@@ -1,6 +1,6 @@
-"""What `bench layer` times: ours, the unfused composition, Megatron's layer, cuBLAS; forward and backward of each.
+"""What `bench layer` times: ours, the unfused composition, the layers of Megatron and SonicMoE, cuBLAS; both passes.
 
-All share the experts' weights and their fp32 gradients.
+All share the experts' weights and their fp32 gradients (SonicMoE has a copy of fc1 in its own order).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from ..functional import moe
 from ..workspace import Shape as WorkspaceShape
 from ..workspace import Workspace
+from . import megatron_layer, sonic_layer
 from .layer_load import Routing, Shape, Weights
-from .megatron_layer import MegatronLayer, missing
 from .timing import CuBLAS
 from .unfused import Kept, Unfused, route
 
-NAMES = ("ours", "ours-written", "ours-recomputed", "unfused", "unfused-routed", "unfused-fp32", "megatron")
+NAMES = ("ours", "ours-written", "ours-recomputed", "unfused", "unfused-routed", "unfused-fp32", "megatron", "sonicmoe")
 DEFAULT = ("ours", "unfused", "unfused-routed", "megatron")
 MEANING = {
     "ours": "megamoe_train.moe(), fp32 weight gradients added to main_grad",
@@ -29,6 +29,7 @@ MEANING = {
     "unfused-routed": "the same, routing and its host sync done before the clock starts",
     "unfused-fp32": "as unfused, weight gradients added to fp32 main_grad",
     "megatron": "Megatron's MoELayer: TEGroupedMLP, alltoall, fused permutation, fp32 main_grad; without clamp",
+    "sonicmoe": "SonicMoE's kernels, autotuned, weight gradients written once in bf16; without clamp",
 }
 
 
@@ -111,7 +112,7 @@ class MegatronCandidate:
     moves = (2, 2)
 
     def __init__(self, shape: Shape, weights: Weights):
-        self.layer = MegatronLayer(shape, weights)
+        self.layer = megatron_layer.MegatronLayer(shape, weights)
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
 
     def prepare(self, inputs: Routing) -> None:
@@ -126,6 +127,25 @@ class MegatronCandidate:
     def backward(self, inputs: Routing, state: Tensor) -> Tensor:
         leaves = inputs.x, self.given[id(inputs)][0], *self.layer.parameters
         return torch.autograd.grad(state, leaves, inputs.dy[:, None], allow_unused=True)[0]
+
+
+class SonicCandidate:
+    moves = (0, 0)
+
+    def __init__(self, shape: Shape, weights: Weights):
+        self.layer = sonic_layer.SonicLayer(shape, weights)
+        self.ids: dict[int, Tensor] = {}
+
+    def prepare(self, inputs: Routing) -> None:
+        inputs.x.requires_grad_()
+        inputs.weights.requires_grad_()
+        self.ids[id(inputs)] = inputs.ids.int()
+
+    def forward(self, inputs: Routing) -> Tensor:
+        return self.layer.forward(inputs, self.ids[id(inputs)])
+
+    def backward(self, inputs: Routing, state: Tensor) -> Tensor:
+        return torch.autograd.grad(state, (inputs.x, inputs.weights, self.layer.fc1, self.layer.fc2), inputs.dy)[0]
 
 
 class CuBLASCandidate:
@@ -161,13 +181,14 @@ def make(
         if name.startswith("ours"):
             options = {"written": name == "ours-written", "recompute": "fc1" if name == "ours-recomputed" else None}
             made[name] = Ours(shape, weights, group, **options, workspace=workspace)
-        elif name == "megatron":
-            if (why := missing()) is not None:
+        elif name in ("megatron", "sonicmoe"):
+            megatron = name == "megatron"
+            if (why := megatron_layer.missing() if megatron else sonic_layer.missing(shape)) is not None:
                 absent[name] = why
                 continue
             try:
-                made[name] = MegatronCandidate(shape, weights)
-            except Exception as error:  # another version of Megatron or TransformerEngine: the others are measured
+                made[name] = (MegatronCandidate if megatron else SonicCandidate)(shape, weights)
+            except Exception as error:  # another version of theirs: the others are measured
                 absent[name] = f"{type(error).__name__}: {error}"
         else:
             options = {"accumulate": name == "unfused-fp32", "routed": name == "unfused-routed"}
