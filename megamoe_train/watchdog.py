@@ -31,6 +31,7 @@ WAITS = {
     6: "rows of a tile to be dispatched",
     7: "the tiles that a product is made from",
     8: "the units that rows are to be pulled for",
+    9: "the loader to near the end of its unit",
     32: "the routing counts",
     33: "the list of routed slots",
     34: "the announcement (ready word) of the operation",

@@ -39,7 +39,7 @@ __device__ __forceinline__ void with_gemm(const FusedParams& params, int product
 
 // Waits until everything that the unit reads is there. Whole warp. Counter -> TMA load: ld.acquire.gpu by a lane,
 // fence.proxy.async by the same; barrier; the scheduler's mbarrier arrive (release.cluster); the loader's wait; load.
-// The fence stands here, two units ahead of the loads: in the loaders it cost 3,600 cycles between two units.
+// The fence stands here, ahead of the loads: in the loaders it cost 3,600 cycles between two units.
 template <Pass kPass>
 __device__ __forceinline__ void wait_for_inputs(const FusedParams& params, const UnitSlot& slot) {
     constexpr Gemm kMaker = is_backward(kPass) ? Gemm::kDgrad2 : Gemm::kFc1;

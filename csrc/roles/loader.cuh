@@ -127,11 +127,14 @@ __device__ __forceinline__ void load_unit(SharedStorage& shared, const GemmParam
                                           int rank, Position& position, Trace& trace) {
     const CUtensorMap* weights = params.expert_maps + unit.expert;
     StageCursor& ring = position.ring;
+    const int claim_at = rank == 0 ? claim_step(unit.k_blocks) : -1;
+    if (claim_at == 0) ptx::mbarrier_arrive(&shared.claim_due);
     for (int k_block = 0; k_block < unit.k_blocks; ++k_block) {
         wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);
         if (k_block == 0) trace.mark(Mark::kLoading);
         load_stage<kGemm>(shared, params, unit, weights, rank, ring.index, k_block);
         ring.advance();
+        if (k_block + 1 == claim_at) ptx::mbarrier_arrive(&shared.claim_due);
     }
     grant_outputs<kGemm>(shared, params, unit, rank, position);
     trace.mark(Mark::kLoaded);

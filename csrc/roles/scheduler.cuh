@@ -41,6 +41,7 @@ __device__ __forceinline__ void scheduler_role(SharedStorage& shared, const Gemm
     __syncwarp();
     UnitFinder finder(products, order, shared.expert_rows);
     UnitCursor cursor;
+    Cursor<1> due;
     Trace trace(products[0].trace);
     while (true) {
         const int claim = lane == 0 ? atomicAdd(claims, 1) : 0;
@@ -54,6 +55,8 @@ __device__ __forceinline__ void scheduler_role(SharedStorage& shared, const Gemm
         if (lane == 0) hand_out(shared, unit, cursor, products[0].deadline);
         cursor.advance();
         if (unit.expert < 0) return;
+        wait(&shared.claim_due, due.parity, products[0].deadline, Waiting::kClaimDue);
+        due.advance();
     }
 }
 

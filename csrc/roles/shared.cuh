@@ -44,6 +44,7 @@ struct alignas(1024) SharedStorage {
     uint64_t output_full[kMathWarpgroups][kStages + 1];
     uint64_t unit_full[kUnitSlots];
     uint64_t unit_free[kUnitSlots];
+    uint64_t claim_due;            // first CTA only
     int expert_rows[kMaxExperts];  // scheduler only
 };
 static_assert(sizeof(SharedStorage) <= 227 * 1024);
@@ -63,6 +64,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
         ptx::mbarrier_init(&shared.unit_full[i], 1);
         ptx::mbarrier_init(&shared.unit_free[i], kUnitFreeArrivals);
     }
+    ptx::mbarrier_init(&shared.claim_due, 1);
     ptx::fence_mbarrier_init();
 }
 

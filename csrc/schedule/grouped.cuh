@@ -40,14 +40,22 @@ MEGAMOE_HD constexpr int num_units(int rows, int n_tiles) {
 }
 
 // The index-th unit of an expert with `rows` rows. M pairs run fastest inside a group of kRasterPairs, so that a group
-// re-uses each weight tile while it is in L2; the tail comes last.
+// re-uses each weight tile while it is in L2; so does the tail, whose units follow the last group's of the same
+// columns.
 MEGAMOE_HD constexpr Unit unit_at(int rows, int n_tiles, int index) {
     const int pairs = num_pairs(rows);
-    if (index >= pairs * n_tiles) return {2 * pairs, 2 * (index - pairs * n_tiles), true};
-    const int group = index / (kRasterPairs * n_tiles);
-    const int first = group * kRasterPairs;
-    const int width = pairs - first < kRasterPairs ? pairs - first : kRasterPairs;
+    const int last = pairs > 0 ? (pairs - 1) / kRasterPairs * kRasterPairs : 0;  // first pair of the last group
+    const int group = index / (kRasterPairs * n_tiles) * kRasterPairs;
+    const int first = group < last ? group : last;
     const int inside = index - first * n_tiles;
+    if (first == last && has_tail(rows)) {
+        const int width = pairs - last, two = 2 * width + 1;  // two column tiles of the pairs, and the tail's unit
+        const int column = inside / two * 2, at = inside % two;
+        const int here = n_tiles - column < 2 ? width : 2 * width;
+        if (at >= here) return {2 * pairs, column, true};
+        return {2 * (first + at % width), column + at / width, false};
+    }
+    const int width = first < last ? kRasterPairs : pairs - last;
     return {2 * (first + inside % width), inside / width, false};
 }
 

@@ -26,8 +26,8 @@ constexpr int kMathWarpgroups = 2;
 constexpr int kWarpgroupWarps = 4;
 constexpr int kMathWarps = kWarpgroupWarps * kMathWarpgroups;
 constexpr int kStages = 4;
-constexpr int kSpare = kStages;               // index of the spare place where stages are counted
-constexpr int kUnitSlots = 2;                 // few: what a cluster has claimed no other one can take
+constexpr int kSpare = kStages;  // index of the spare place where stages are counted
+constexpr int kUnitSlots = 2;
 constexpr int kUnitReaders = kMathWarps + 2;  // warps of a CTA that read each unit: math, loader, storer
 
 // Arrivals that complete a phase.
@@ -35,6 +35,12 @@ constexpr int kUnitFreeArrivals = kUnitReaders * kClusterSize;
 constexpr int kStageFreeArrivals = kMathWarps * kClusterSize;  // both CTAs: a multicast writes into both
 constexpr int kSpareFreeArrivals = kMathWarps;
 constexpr int kOutputFullArrivals = kWarpgroupWarps;
+
+// The next unit is claimed when the loader has this many steps of the present one left, or begins it. No earlier: what
+// a cluster has claimed no other one can take, and units that share a weight tile, neighbours in the order of claims,
+// should begin together, while it is in L2. No later: claim, waits for inputs and handing out take 7,000 cycles.
+constexpr int kClaimLead = 12;
+MEGAMOE_HD constexpr int claim_step(int k_blocks) { return k_blocks > kClaimLead ? k_blocks - kClaimLead : 0; }
 
 constexpr int kChunkColumns = 64;                  // columns of I in one output stage of dgrad2
 constexpr int kParts = 3;                          // 16 KB parts of a stage

@@ -28,6 +28,7 @@ struct Cluster {
     Job slots[kUnitSlots];
     int reads[kUnitSlots] = {};
     int published = 0;
+    int due = 0;  // units of which the first loader has so little left that the next one may be claimed
     int loaded[kClusterSize] = {};
     int computed[kClusterSize][kMathWarpgroups] = {};
     int agents = 0;  // that have not left

@@ -29,6 +29,7 @@ MUTATIONS = {
     "the second pull has no mover": (WALK, "puller.which = state,", "puller.which = 0,", ["deadlock", "a row"]),
     "the frontier stays where it is": (
         WALK, "here.frontier[pull] = std::max(here.frontier[pull], job.expert);", ";", ["deadlock"]),
+    "the next unit is never due": (WALK, "mine.due = units;", ";", ["deadlock"]),
     "one expert less of the lead": (PULLS, "return expert - lead;", "return expert - lead + 1;", ["deadlock"]),
     "fc2 an expert ahead of fc1": (
         ORDER, "return {2, experts, {0, experts}};", "return {2, experts, {0, -1}};", ["deadlock", "not done once"]),

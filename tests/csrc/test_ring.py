@@ -26,6 +26,7 @@ MUTATIONS = {
         "kSpareFreeArrivals = kWarpgroupWarps",
     ),
     "a role skips one operand too many": ("index = to % kCount;", "index = (to + 1) % kCount;"),
+    "no unit is ever near its end": ("k_blocks - kClaimLead : 0;", "k_blocks + 1 : k_blocks + 1;"),
     "the lap's parity never turns": ("            parity ^= 1;\n", ""),
 }
 

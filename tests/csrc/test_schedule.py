@@ -62,6 +62,21 @@ def test_pairs_share_an_operand(walker):
             assert (m1, n1) in {(m0 + 1, n0), (m0, n0 + 1)}, f"n_tiles {n_tiles}, rows {rows}"
 
 
+@pytest.mark.parametrize("n_tiles", [7, 16])
+@pytest.mark.parametrize("pairs", [0, 1, 4, 8, 11])
+def test_the_tail_reuses_column_tiles(walker, n_tiles, pairs):
+    """The last rows' unit of two column tiles comes right behind the last group's units of them."""
+    (tiles,) = walk(walker, [(n_tiles, pairs * 256 + 50)])
+    units = list(zip(tiles[::2], tiles[1::2], strict=True))
+    tails = [i for i, ((m, _), _) in enumerate(units) if m == 2 * pairs]
+    assert [units[i][0][1] for i in tails] == list(range(0, n_tiles, 2))
+    width = pairs - max(pairs - 1, 0) // 8 * 8
+    for i in tails:
+        column = units[i][0][1]
+        columns = [column] * width + [column + 1] * width if column + 1 < n_tiles else [column] * width
+        assert [n for (_, n), _ in units[i - len(columns) : i]] == columns
+
+
 def test_groups_reuse_a_column_tile(walker):
     """Inside a group of eight pairs all row tiles of a column tile come one after the other."""
     (tiles,) = walk(walker, [(16, 20 * 256)])

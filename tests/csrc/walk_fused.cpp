@@ -55,6 +55,7 @@ struct Scheduler : Agent {
         Rank& here = world.ranks[rank];
         Cluster& mine = here.clusters[cluster];
         if (state == 0) {
+            if (mine.due < mine.published) return false;
             const FoundUnit found = finder.find(here.units++);
             const int product = found.segment.product, expert = found.segment.expert;
             job = {product, expert, {}};
@@ -112,10 +113,23 @@ struct Reader : Agent {
 struct Loader : Reader {
     using Reader::Reader;
     bool step(bool) override {
+        if (state == 1) return come_near_the_end();
         if (!take()) return false;
         done = job.expert < 0;
         if (!done) check_inputs();
         mine.loaded[cta] = units;
+        state = !done && cta == 0;
+        return true;
+    }
+    // Beyond the ring's few stages a loader comes only when all products of the unit before are done.
+    bool come_near_the_end() {
+        for (const auto& of_cta : mine.computed) {
+            for (int computed : of_cta) {
+                if (computed < units - 1) return false;
+            }
+        }
+        mine.due = units;
+        state = 0;
         return true;
     }
     // With numbers of its own: what the product of this tile reads.

@@ -59,7 +59,7 @@ struct Memory {
 
 struct Cta {
     Barrier stage_full[kStages + 1], stage_free[kStages + 1], output_full[kMathWarpgroups][kStages + 1];
-    Barrier unit_full[kUnitSlots], unit_free[kUnitSlots];
+    Barrier unit_full[kUnitSlots], unit_free[kUnitSlots], claim_due;
     Memory memory[kStages + 1];
     int slot[kUnitSlots];
 };
@@ -115,6 +115,7 @@ public:
                 cta.unit_full[i].init(1);
                 cta.unit_free[i].init(kUnitFreeArrivals);
             }
+            cta.claim_due.init(1);
         }
         build();
     }
@@ -183,6 +184,7 @@ private:
                     });
                 }
             };
+            if (number > 0) wait(agent, ctas_[0].claim_due, (number - 1) & 1, number - 1, {});
             // The first lap waits for the phase before the first, which counts as complete.
             if (lap == 0) {
                 act(agent, publish);
@@ -218,6 +220,9 @@ private:
         for (size_t number = 0; number < work_.tasks.size(); ++number) {
             const Task& task = work_.tasks[number];
             take_unit(agent, cta, cursor, static_cast<int>(number));
+            const int claim_at = cta == 0 ? claim_step(task.k_blocks) : -1;
+            const auto announce = [this] { ctas_[0].claim_due.arrive(1); };
+            if (claim_at == 0) act(agent, announce);
             for (int k = 0; k < task.k_blocks; ++k, ++walk) {
                 const int index = position.ring.index;
                 when_free(agent, cta, index, position.ring.parity, static_cast<int>(walk / kStages),
@@ -235,6 +240,7 @@ private:
                               }
                           });
                 position.ring.advance();
+                if (k + 1 == claim_at) act(agent, announce);
             }
             const int outputs = output_stages(task.gemm, task.n_extent, task.unit, task.k_blocks);
             for (int stage = 0; stage < outputs; ++stage) {
@@ -378,7 +384,7 @@ Case random_case(std::mt19937& random, int units) {
         const int n_extent = 128 * (1 + static_cast<int>(random() % 6));
         const int n_tiles = ceil_div(n_extent, tile_columns(gemm));
         const int m_rows = wgrad ? 256 : 1 + static_cast<int>(random() % 700);
-        const int k_blocks = wgrad ? static_cast<int>(random() % 7) : 1 + static_cast<int>(random() % 9);
+        const int k_blocks = wgrad ? static_cast<int>(random() % 7) : 1 + static_cast<int>(random() % (2 * kClaimLead));
         for (int i = 0; i < num_units(m_rows, n_tiles); ++i) {
             if (random() % 3 == 0) continue;  // another cluster has it
             Task task{gemm, n_extent, unit_at(m_rows, n_tiles, i), k_blocks, random() % 2 == 0, {}, {}};
