@@ -32,7 +32,7 @@ __device__ __forceinline__ void hand_out(SharedStorage& shared, const UnitSlot& 
 
 // `products`: the launch's, as `order` counts them; `claims`: units handed out, zero before the launch. `ready(unit)`,
 // by the whole warp, returns when everything that the unit reads is there: waited for here, ahead of the loaders, which
-// then need not.
+// then need not. The next unit is claimed when the first CTA's loader says that it is due (claim_step).
 template <class Ready>
 __device__ __forceinline__ void scheduler_role(SharedStorage& shared, const GemmParams* products, const Order& order,
                                                int* claims, Ready&& ready) {

@@ -45,14 +45,14 @@ MEGAMOE_HD constexpr int num_units(int rows, int n_tiles) {
 MEGAMOE_HD constexpr Unit unit_at(int rows, int n_tiles, int index) {
     const int pairs = num_pairs(rows);
     const int last = pairs > 0 ? (pairs - 1) / kRasterPairs * kRasterPairs : 0;  // first pair of the last group
-    const int group = index / (kRasterPairs * n_tiles) * kRasterPairs;
-    const int first = group < last ? group : last;
+    const int begun = index / (kRasterPairs * n_tiles) * kRasterPairs;
+    const int first = begun < last ? begun : last;
     const int inside = index - first * n_tiles;
     if (first == last && has_tail(rows)) {
-        const int width = pairs - last, two = 2 * width + 1;  // two column tiles of the pairs, and the tail's unit
-        const int column = inside / two * 2, at = inside % two;
-        const int here = n_tiles - column < 2 ? width : 2 * width;
-        if (at >= here) return {2 * pairs, column, true};
+        const int width = pairs - last, per_columns = 2 * width + 1;  // units of two column tiles, the tail's last
+        const int column = inside / per_columns * 2, at = inside % per_columns;
+        const int of_pairs = n_tiles - column < 2 ? width : 2 * width;
+        if (at >= of_pairs) return {2 * pairs, column, true};
         return {2 * (first + at % width), column + at / width, false};
     }
     const int width = first < last ? kRasterPairs : pairs - last;

@@ -38,7 +38,8 @@ constexpr int kOutputFullArrivals = kWarpgroupWarps;
 
 // The next unit is claimed when the loader has this many steps of the present one left, or begins it. No earlier: what
 // a cluster has claimed no other one can take, and units that share a weight tile, neighbours in the order of claims,
-// should begin together, while it is in L2. No later: claim, waits for inputs and handing out take 7,000 cycles.
+// should begin together, while it is in L2. Not much later: looking at the inputs alone takes 4,000 cycles, a step
+// 1,024.
 constexpr int kClaimLead = 12;
 MEGAMOE_HD constexpr int claim_step(int k_blocks) { return k_blocks > kClaimLead ? k_blocks - kClaimLead : 0; }
 

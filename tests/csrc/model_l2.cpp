@@ -1,7 +1,7 @@
 // What a fused pass of one rank reads from memory: a model of L2 under the units of csrc/schedule, in their order. Each
 // cluster takes unit after unit and asks for its operands step by step; L2 is one list of the blocks last asked for or
-// written. Steps and epilogues take what traces say, with some jitter.
-// usage: model_l2 fwd|bwd HIDDEN INTER EXPERTS ROWS CLAIMS_AHEAD CAPACITY_MB
+// written. What is written takes room, and is never found when it is read: that is much later. Steps and epilogues take
+// what traces say, with some jitter. usage: model_l2 fwd|bwd HIDDEN INTER EXPERTS ROWS CLAIMS_AHEAD CAPACITY_MB
 //   ROWS: of an expert, on average. CLAIMS_AHEAD: units that a cluster holds beside the one in work; 0: the next unit
 //   is claimed as the kernels do it, at claim_step. Prints GB "read" and "least", where each block is read once.
 #include <cmath>
@@ -93,9 +93,8 @@ class Model {
 public:
     Model(const Shape& shape, int ahead, double megabytes)
         : shape_(shape), ahead_(ahead), cache_(static_cast<size_t>(megabytes * 1e6 / kBlock)) {
-        std::normal_distribution<double> normal;
         for (int e = 0; e < shape.experts; ++e) {
-            rows_.push_back(static_cast<int>(shape.rows + std::sqrt(shape.rows) * normal(random_)));
+            rows_.push_back(static_cast<int>(shape.rows + std::sqrt(shape.rows) * normal_(random_)));
         }
         const Order order = shape.backward ? backward_order(shape.experts, shape.rows, shape.inter, kClusters)
                                            : forward_order(shape.experts);
@@ -118,7 +117,7 @@ public:
         for (int depth = 0; depth <= ahead_; ++depth) {
             for (Cluster& cluster : clusters) claim(cluster);
         }
-        for (int c = 0; c < kClusters; ++c) events.push({0.01 * c, c});
+        for (int c = 0; c < kClusters; ++c) events.push({0.01 * c, c});  // one after the other
         while (!events.empty()) {
             const auto [time, c] = events.top();
             events.pop();
@@ -211,7 +210,7 @@ private:
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 8) return 2;
+    if (argc != 8 || (std::strcmp(argv[1], "fwd") && std::strcmp(argv[1], "bwd"))) return 2;
     const Shape shape{!std::strcmp(argv[1], "bwd"), std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]),
                       std::atoi(argv[5])};
     Model model(shape, std::atoi(argv[6]), std::atof(argv[7]));

@@ -40,7 +40,7 @@ def test_the_model_says_what_was_measured(binary, which, ahead):
 
 @pytest.mark.parametrize("which", ["fwd", "bwd"])
 @pytest.mark.parametrize("shape", [PRO, FLASH], ids=["pro", "flash"])
-def test_weight_tiles_are_read_about_once(binary, shape, which):
+def test_little_is_read_twice(binary, shape, which):
     read, least = gigabytes(binary, which, shape, 0)
     assert read < 1.4 * least
     assert read < gigabytes(binary, which, shape, AS_BEFORE)[0]

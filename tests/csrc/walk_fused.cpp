@@ -119,19 +119,22 @@ struct Loader : Reader {
         if (!done) check_inputs();
         mine.loaded[cta] = units;
         state = !done && cta == 0;
+        short_unit = world.random.chance(50);
         return true;
     }
-    // Beyond the ring's few stages a loader comes only when all products of the unit before are done.
+    // Of a short unit at once; beyond the ring's few stages a loader comes only when all products of the unit before
+    // are done.
     bool come_near_the_end() {
         for (const auto& of_cta : mine.computed) {
             for (int computed : of_cta) {
-                if (computed < units - 1) return false;
+                if (computed < units - 1 && !short_unit) return false;
             }
         }
         mine.due = units;
         state = 0;
         return true;
     }
+    bool short_unit = false;
     // With numbers of its own: what the product of this tile reads.
     void check_inputs() const {
         const Part& part = world.work.parts[rank];

@@ -114,6 +114,7 @@ def fresh_buffers() -> None:
 CASES = {
     "fused, 1 rank": lambda: fused(Case(Load("zipf", (150,), 16, 40), 256, 128), 6),
     "fused, 1 rank, many rows": lambda: fused(Case(Load("uniform", (330,), 1, 1), 256, 256, 10.0), 4),
+    "fused, 1 rank, long products": lambda: fused(Case(Load("uniform", (50,), 2, 3), 1024, 640), 4),
     "fused, 2 ranks": lambda: fused(Case(Load("zipf", (40, 61), 3, 16), 512, 384, 1.0, 3.0), 4),
     "fused, 4 ranks": lambda: fused(Case(Load("some_dropped", (7, 0, 31, 20), 4, 16), 768, 128, 2.0, 2.0), 2),
     "fused, gradients added or not wanted": fused_gradients,
