@@ -148,6 +148,9 @@ class SonicCandidate:
         return torch.autograd.grad(state, (inputs.x, inputs.weights, self.layer.fc1, self.layer.fc2), inputs.dy)[0]
 
 
+THEIRS = {"megatron": (megatron_layer, MegatronCandidate), "sonicmoe": (sonic_layer, SonicCandidate)}
+
+
 class CuBLASCandidate:
     """The denominator, about as long as each pass."""
 
@@ -181,13 +184,13 @@ def make(
         if name.startswith("ours"):
             options = {"written": name == "ours-written", "recompute": "fc1" if name == "ours-recomputed" else None}
             made[name] = Ours(shape, weights, group, **options, workspace=workspace)
-        elif name in ("megatron", "sonicmoe"):
-            megatron = name == "megatron"
-            if (why := megatron_layer.missing() if megatron else sonic_layer.missing(shape)) is not None:
+        elif name in THEIRS:
+            layer, candidate = THEIRS[name]
+            if (why := layer.missing(shape)) is not None:
                 absent[name] = why
                 continue
             try:
-                made[name] = (MegatronCandidate if megatron else SonicCandidate)(shape, weights)
+                made[name] = candidate(shape, weights)
             except Exception as error:  # another version of theirs: the others are measured
                 absent[name] = f"{type(error).__name__}: {error}"
         else:

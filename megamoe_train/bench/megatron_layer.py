@@ -9,7 +9,7 @@ from . import ranks
 from .layer_load import Routing, Shape, Weights
 
 
-def missing() -> str | None:
+def missing(shape: Shape) -> str | None:
     """Why Megatron's layer cannot be measured here; None where it can."""
     try:
         import megatron.core  # noqa: F401

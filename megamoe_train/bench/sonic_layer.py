@@ -28,8 +28,7 @@ def interleaved(fc1: Tensor) -> Tensor:
 class SonicLayer:
     """Its kernels for a fixed number of experts a token, as its `MoE` calls them when its router has chosen.
 
-    `MoE` itself computes the routing too; `moe_general_routing_inputs` takes one, but its kernels for a varying number
-    are slower.
+    `MoE` itself computes the routing too, and `moe_general_routing_inputs` is for numbers of experts that may vary.
     """
 
     def __init__(self, shape: Shape, weights: Weights):
