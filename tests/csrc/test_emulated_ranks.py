@@ -109,8 +109,6 @@ MUTATIONS = {
     "the next claim never due, behind a long product": (
         "roles/loader.cuh", "        if (k_block + 1 == claim_at) ptx::mbarrier_arrive(&shared.claim_due);\n", "",
         LONG),
-    "the next claim due twice": (
-        "roles/loader.cuh", "if (claim_at == 0) ptx::mbarrier_arrive", "if (claim_at >= 0) ptx::mbarrier_arrive", LONG),
     "the next claim never due, behind a short product": (
         "roles/loader.cuh", "    if (claim_at == 0) ptx::mbarrier_arrive(&shared.claim_due);\n", "", FUSED),
     "a stage handed back while products read it": (
