@@ -48,15 +48,12 @@ MEGAMOE_HD constexpr Unit unit_at(int rows, int n_tiles, int index) {
     const int begun = index / (kRasterPairs * n_tiles) * kRasterPairs;
     const int first = begun < last ? begun : last;
     const int inside = index - first * n_tiles;
-    if (first == last && has_tail(rows)) {
-        const int width = pairs - last, per_columns = 2 * width + 1;  // units of two column tiles, the tail's last
-        const int column = inside / per_columns * 2, at = inside % per_columns;
-        const int of_pairs = n_tiles - column < 2 ? width : 2 * width;
-        if (at >= of_pairs) return {2 * pairs, column, true};
-        return {2 * (first + at % width), column + at / width, false};
-    }
     const int width = first < last ? kRasterPairs : pairs - last;
-    return {2 * (first + inside % width), inside / width, false};
+    const int units = 2 * width + (first == last && has_tail(rows) ? 1 : 0);  // of two column tiles, the tail's last
+    const int column = inside / units * 2, at = inside % units;
+    const int of_pairs = n_tiles - column < 2 ? width : 2 * width;
+    if (at >= of_pairs) return {2 * pairs, column, true};
+    return {2 * (first + at % width), column + at / width, false};
 }
 
 // The tile of CTA `rank` (0 or 1) of a unit.

@@ -1,7 +1,9 @@
 // What a fused pass of one rank reads from memory: a model of L2 under the units of csrc/schedule, in their order. Each
 // cluster takes unit after unit and asks for its operands step by step; L2 is one list of the blocks last asked for or
 // written. What is written takes room, and is never found when it is read: that is much later. Steps and epilogues take
-// what traces say, with some jitter. usage: model_l2 fwd|bwd HIDDEN INTER EXPERTS ROWS CLAIMS_AHEAD CAPACITY_MB
+// what traces say, with some jitter.
+//
+// usage: model_l2 fwd|bwd HIDDEN INTER EXPERTS ROWS CLAIMS_AHEAD CAPACITY_MB
 //   ROWS: of an expert, on average. CLAIMS_AHEAD: units that a cluster holds beside the one in work; 0: the next unit
 //   is claimed as the kernels do it, at claim_step. Prints GB "read" and "least", where each block is read once.
 #include <cmath>
@@ -16,9 +18,10 @@
 #include <unordered_set>
 #include <vector>
 
-#include "schedule/order.cuh"
+#include "fused_case.hpp"
 
 using namespace megamoe;
+using walk::Product;
 
 namespace {
 
@@ -26,12 +29,6 @@ constexpr int kClusters = 66;
 constexpr double kStep = 0.7, kWgradStep = 0.77;  // us, of 64 along the reduction
 constexpr double kJitter = 0.012;                 // of a unit's time
 constexpr int kBlock = 8192;                      // bytes of 64 x 64 bf16
-
-struct Product {
-    Gemm gemm;
-    int m_extent, n_extent;
-    bool accumulate = true, wanted = true;
-};
 
 struct Work {
     int product, expert, steps;
@@ -101,7 +98,7 @@ public:
         for (int p = 0; p < order.products; ++p) {
             const Pass pass = shape.backward ? Pass::kBackward : Pass::kForward;
             const ProductShape found = product_shape(pass, p, shape.inter, shape.hidden);
-            products_.push_back({found.gemm, found.m_extent, found.n_extent});
+            products_.push_back({found.gemm, found.m_extent, found.n_extent, 1, 1});  // added to, wanted
         }
         for (int i = 0; i < num_segments(order); ++i) {
             const Segment segment = segment_at(order, i);

@@ -33,7 +33,6 @@ FIRST, PIECES, AHEAD, CTAS = (
     "combines by many CTAs",
 )
 FUSED, PEERS, MANY_ROWS = "fused, 2 ranks", "fused, 4 ranks", "fused, 1 rank, many rows"
-LONG = "fused, 1 rank, long products"
 SMALL_ROWS, PLANS = "layer of 2 ranks, several rows a unit", "plans, int32, high water"
 EARLY = "if (!last_cta(params.control + kRowTicket, gridDim.x)) return;\n    if (threadIdx.x >= peers.ranks) return;"
 MUTATIONS = {
@@ -108,7 +107,7 @@ MUTATIONS = {
         "fused, 1 rank"),
     "the next claim never due, behind a long product": (
         "roles/loader.cuh", "        if (k_block + 1 == claim_at) ptx::mbarrier_arrive(&shared.claim_due);\n", "",
-        LONG),
+        "fused, 1 rank, long products"),
     "the next claim never due, behind a short product": (
         "roles/loader.cuh", "    if (claim_at == 0) ptx::mbarrier_arrive(&shared.claim_due);\n", "", FUSED),
     "a stage handed back while products read it": (

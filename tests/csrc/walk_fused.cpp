@@ -127,14 +127,13 @@ struct Loader : Reader {
     bool come_near_the_end() {
         for (const auto& of_cta : mine.computed) {
             for (int computed : of_cta) {
-                if (computed < units - 1 && !short_unit) return false;
+                if (!short_unit && computed < units - 1) return false;
             }
         }
         mine.due = units;
         state = 0;
         return true;
     }
-    bool short_unit = false;
     // With numbers of its own: what the product of this tile reads.
     void check_inputs() const {
         const Part& part = world.work.parts[rank];
@@ -150,6 +149,7 @@ struct Loader : Reader {
             }
         }
     }
+    bool short_unit = false;
 };
 
 struct Math : Reader {
