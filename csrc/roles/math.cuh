@@ -22,36 +22,61 @@ __device__ __forceinline__ void skip(SharedStorage& shared, const GemmParams& pa
     }
 }
 
+// Issues slices kFrom to kTo of a stage, a group of instructions.
+template <Gemm kGemm, int kFrom, int kTo>
+__device__ __forceinline__ void issue_slices(SharedStorage& shared, int stage, int warpgroup, float (&d)[128],
+                                             bool accumulate) {
+    constexpr ptx::Major kA = GemmTraits<kGemm>::kMajorA, kB = GemmTraits<kGemm>::kMajorB;
+    const uint32_t address = ptx::smem_address(shared.ring[stage]);
+    const uint64_t a = ptx::smem_descriptor<kA>(address + warpgroup * (kBytesA / 2));
+    const uint64_t b = ptx::smem_descriptor<kB>(address + kBytesA);
+    ptx::pin_accumulators(d);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int slice = kFrom; slice < kTo; ++slice) {
+        ptx::wgmma_m64n256k16<kA, kB>(d, a + slice * ptx::kSliceStep<kA>, b + slice * ptx::kSliceStep<kB>,
+                                      accumulate || slice > kFrom);
+    }
+    ptx::wgmma_commit();
+    ptx::pin_accumulators(d);
+}
+
 // Issues the reduction loop, of at least one step. Its last step is still running on return: finish_multiply waits for
 // it. Returns the stage of that step.
 template <Gemm kGemm>
-__device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams& params, int warpgroup, int k_blocks,
-                                        StageCursor& cursor, float (&d)[128], Trace& trace) {
-    constexpr ptx::Major kA = GemmTraits<kGemm>::kMajorA, kB = GemmTraits<kGemm>::kMajorB;
+__device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams& params, int warpgroup,
+                                        const UnitSlot& slot, StageCursor& cursor, float (&d)[128], Trace& trace) {
+    constexpr int kSlices = kBlockK / kSliceK;
+    const int whole = GemmTraits<kGemm>::kIsWgrad ? slot.rows / kBlockK : slot.k_blocks;
     int previous = -1;
-    int k_block = 0;
-    do {
+    const auto next_stage = [&] {
         wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);
-        if (k_block == 0) trace.mark(Mark::kFirstStage);
-        const uint32_t stage = ptx::smem_address(shared.ring[cursor.index]);
-        const uint64_t a = ptx::smem_descriptor<kA>(stage + warpgroup * (kBytesA / 2));
-        const uint64_t b = ptx::smem_descriptor<kB>(stage + kBytesA);
-        ptx::pin_accumulators(d);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int slice = 0; slice < kBlockK / 16; ++slice) {
-            ptx::wgmma_m64n256k16<kA, kB>(d, a + slice * ptx::kSliceStep<kA>, b + slice * ptx::kSliceStep<kB>,
-                                          k_block > 0 || slice > 0);
-        }
-        ptx::wgmma_commit();
-        ptx::pin_accumulators(d);
+        if (previous < 0) trace.mark(Mark::kFirstStage);
+    };
+    const auto advance = [&] {
         // The step before this one is complete: its stage can be refilled.
         ptx::wgmma_wait<1>();
         if (previous >= 0) release_stage(shared, previous);
         previous = cursor.index;
         cursor.advance();
-    } while (++k_block < k_blocks);
-    return previous;
+    };
+    for (int k_block = 0; k_block < whole; ++k_block) {
+        next_stage();
+        issue_slices<kGemm, 0, kSlices>(shared, cursor.index, warpgroup, d, k_block > 0);
+        advance();
+    }
+    const int rest = GemmTraits<kGemm>::kIsWgrad ? slot.rows % kBlockK : 0;
+    if (rest == 0) return previous;
+    // A group for each slice: as these branches diverge for all the compiler knows, it would let the instructions of a
+    // common group run one by one.
+    next_stage();
+    issue_slices<kGemm, 0, 1>(shared, cursor.index, warpgroup, d, whole > 0);
+    const int stage = cursor.index;
+    advance();
+    if (rest > kSliceK) issue_slices<kGemm, 1, 2>(shared, stage, warpgroup, d, true);
+    if (rest > 2 * kSliceK) issue_slices<kGemm, 2, 3>(shared, stage, warpgroup, d, true);
+    if (rest > 3 * kSliceK) issue_slices<kGemm, 3, 4>(shared, stage, warpgroup, d, true);
+    return stage;
 }
 
 __device__ __forceinline__ void finish_multiply(SharedStorage& shared, int last_stage, float (&d)[128]) {
@@ -79,7 +104,7 @@ __device__ __forceinline__ void math_unit(SharedStorage& shared, const GemmParam
         using Element = std::conditional_t<kGemm == Gemm::kWgrad, float, __nv_bfloat16>;
         return zero_gradient(params, share, warp_row, static_cast<Element*>(params.gradients[slot.expert]));
     }
-    const int last_stage = multiply<kGemm>(shared, params, place.warpgroup, slot.k_blocks, position.ring, d, trace);
+    const int last_stage = multiply<kGemm>(shared, params, place.warpgroup, slot, position.ring, d, trace);
     // Asked for while the last step runs.
     const float2 p = kUsesWeights ? row_weights(params, share, warp_row) : float2{0.0f, 0.0f};
     finish_multiply(shared, last_stage, d);

@@ -17,6 +17,7 @@ namespace megamoe {
 constexpr int kTileM = 128;
 constexpr int kTileN = 256;
 constexpr int kBlockK = 64;
+constexpr int kSliceK = 16;  // of one matrix instruction
 constexpr int kWarpgroupM = 64;
 constexpr int kRowTile = 128;     // every expert's segment of a row pool starts at a multiple of this
 constexpr int kRasterPairs = 8;   // M pairs that share a column tile before the next column tile starts
@@ -63,7 +64,7 @@ MEGAMOE_HD constexpr int n_tile_of(Unit unit, int rank) { return unit.n_pair ? u
 // Math warpgroups with rows in row tile `m_tile` of an expert.
 MEGAMOE_HD constexpr int warpgroups_of(int rows, int m_tile) { return rows - m_tile * kTileM > kWarpgroupM ? 2 : 1; }
 
-// Steps of the reduction loop of a wgrad over an expert's rows.
+// Steps of the reduction loop of a wgrad over an expert's rows. Slices of the last one behind them are not multiplied.
 MEGAMOE_HD constexpr int wgrad_blocks(int rows) { return ceil_div(rows, kBlockK); }
 
 }  // namespace megamoe

@@ -116,7 +116,11 @@ MUTATIONS = {
     "products before their operands": (
         "roles/math.cuh",
         "        wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);\n"
-        "        if (k_block", "        if (k_block", MANY_ROWS),
+        "        if (previous", "        if (previous", MANY_ROWS),
+    "a wgrad without its last rows": (
+        "roles/math.cuh", "if (rest > kSliceK)", "if (rest > kBlockK)", FUSED),
+    "a wgrad's last rows overwrite the others": (
+        "roles/math.cuh", "warpgroup, d, whole > 0)", "warpgroup, d, false)", MANY_ROWS),
     "a stage loaded before it is free": (
         "roles/loader.cuh",
         "        wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);\n", "",
