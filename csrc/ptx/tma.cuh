@@ -1,4 +1,4 @@
-// Tensor memory accelerator: tile loads (own and multicast), tile stores.
+// Tensor memory accelerator: tile loads (own and multicast), tile stores and additions.
 #pragma once
 #include <cuda.h>
 
@@ -60,6 +60,22 @@ __device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void*
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                  "r"(smem_address(src)), "r"(x), "r"(y)
                  : "memory");
+}
+
+__device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(map),
+        "r"(smem_address(src)), "r"(x), "r"(y), "l"(policy)
+        : "memory");
+}
+
+// Adds to what is in memory, in the L2 cache.
+__device__ __forceinline__ void tma_add_2d(const CUtensorMap* map, const void* src, int x, int y, uint64_t policy) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group.L2::cache_hint"
+        " [%0, {%2, %3}], [%1], %4;" ::"l"(map),
+        "r"(smem_address(src)), "r"(x), "r"(y), "l"(policy)
+        : "memory");
 }
 
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

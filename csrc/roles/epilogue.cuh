@@ -88,18 +88,18 @@ __device__ __forceinline__ void put_floats(uint32_t rows, const float* v, bool a
     }
 }
 
-// wgrad: one fp32 addition per element and launch.
+// wgrad: one fp32 addition per element and launch, here or in L2.
 __device__ __forceinline__ void wgrad_epilogue(SharedStorage& shared, const GemmParams& params, WarpPlace place,
                                                const float (&d)[128], Position& position, Trace& trace) {
-    const bool add = params.accumulate;
 #pragma unroll
     for (int stage = 0; stage < kGradStages; ++stage) {
         const OutputPlace output = position.next_output<Gemm::kWgrad>(stage);
         const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
         if (stage == 0) trace.mark(Mark::kFirstOutput);
 #pragma unroll
-        for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
-            put_floats(rows + i * kPartBytes, &d[16 * (stage * kParts + i)], add);
+        for (int i = 0; i < grad_parts(stage).count; ++i) {
+            const float* part = &d[16 * (grad_parts(stage).first + i)];
+            put_floats(rows + i * kPartBytes, part, params.accumulate && !added_in_l2(stage));
         }
         publish_output(shared, place.warpgroup, output);
     }

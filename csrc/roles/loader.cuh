@@ -88,15 +88,16 @@ __device__ __forceinline__ void load_h(SharedStorage& shared, const GemmParams& 
     ptx::tma_load_2d(dst + kPartBytes, &params.b, full, params.n_extent + column, row, ptx::kEvictFirst);
 }
 
-// Up to three parts of the gradient, as they are before this launch adds to them.
+// An output stage's parts of the gradient, as they are before this launch adds to them.
 __device__ __forceinline__ void load_gradient(SharedStorage& shared, const CUtensorMap* gradient, const Share& share,
                                               int stage, OutputPlace place) {
-    const int parts = min(kParts, kGradParts - stage * kParts), row = static_cast<int>(share.row);
+    const auto [first, parts] = grad_parts(stage);
+    const int row = static_cast<int>(share.row);
     uint64_t* full = &shared.stage_full[place.index];
     ptx::mbarrier_expect(full, parts * kPartBytes);
     for (int i = 0; i < parts; ++i) {
         uint8_t* dst = output_memory(shared, place) + i * kPartBytes;
-        const int column = share.column + (stage * kParts + i) * kGradColumns;
+        const int column = share.column + (first + i) * kGradColumns;
         ptx::tma_load_2d(dst, gradient, full, column, row, ptx::kEvictFirst);
         ptx::tma_load_2d(dst + kPartBytes / 2, gradient, full, column, row + kWarpgroupM, ptx::kEvictFirst);
     }
@@ -113,7 +114,7 @@ __device__ __forceinline__ void grant_outputs(SharedStorage& shared, const GemmP
         wait(&shared.stage_free[place.index], place.parity ^ 1, params.deadline, Waiting::kStageFree);
         if (kGemm == Gemm::kDgrad2) {
             load_h(shared, params, share, stage, place);
-        } else if (kGemm == Gemm::kWgrad && params.accumulate) {
+        } else if (kGemm == Gemm::kWgrad && params.accumulate && !added_in_l2(stage)) {
             load_gradient(shared, params.expert_maps + slot.expert, share, stage, place);
         } else {
             ptx::mbarrier_arrive(&shared.stage_full[place.index]);

@@ -5,9 +5,9 @@
 // A stage holds three parts of [128 rows][128 bytes] in the 128-byte swizzle; warpgroup w owns rows 64w..64w+63 of
 // each.
 //   fc1, dgrad2: gate, up, a of 64 columns      fc2, dgrad1, wgrad in bf16: two parts of 64 columns
-//   wgrad: up to three of 32 columns of fp32
+//   wgrad: two or three of 32 columns of fp32
 // Where the epilogue adds to or transforms what is in memory (h for dgrad2, the gradient for an adding wgrad), the
-// stage arrives with it. Measured: adding in the L2 cache instead (TMA reduce) sends at half the rate of a store.
+// stage arrives with it, but for what is added in L2 (added_in_l2).
 #pragma once
 #include "ptx/matrix.cuh"
 #include "ptx/tma.cuh"
@@ -111,9 +111,15 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
         ptx::tma_store_2d(&params.out, part + kPartBytes, params.n_extent + column, row);
         ptx::tma_store_2d(&params.act, part + 2 * kPartBytes, column, row);
     } else if constexpr (kGemm == Gemm::kWgrad) {
-        for (int i = 0; i < kParts && stage * kParts + i < kGradParts; ++i) {
-            const int column = share.column + (stage * kParts + i) * kGradColumns;
-            ptx::tma_store_2d(gradient, part + i * kPartBytes, column, row);
+        const auto [first, parts] = grad_parts(stage);
+        for (int i = 0; i < parts; ++i) {
+            const uint8_t* from = part + i * kPartBytes;
+            const int column = share.column + (first + i) * kGradColumns;
+            if (params.accumulate && added_in_l2(stage)) {
+                ptx::tma_add_2d(gradient, from, column, row, ptx::kEvictFirst);
+            } else {
+                ptx::tma_store_2d(gradient, from, column, row, ptx::kEvictFirst);
+            }
         }
     } else {
         const int column = share.column + stage * 2 * kChunkColumns;
@@ -144,7 +150,8 @@ __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParam
     // gradients come in too: there, sending faster slowed what is loaded (measured: 2 to 8%).
     const bool in_step = !kByTma || (kGemm == Gemm::kWgrad && params.accumulate);
     OutputPlace on_the_way{-1, 0};
-    for (int stage = 0; stage < outputs; ++stage) {
+    for (int turn = 0; turn < outputs; ++turn) {
+        const int stage = sent_stage(kGemm, turn, outputs);
         const OutputPlace place = position.next_output<kGemm>(stage);
         // Handed back by the math warps:
         if (kGemm == Gemm::kDgrad2 && stage >= dswiglu_chunks(params.n_extent, n_tile_of(unit, rank))) continue;
@@ -155,7 +162,7 @@ __device__ __forceinline__ int store_unit(SharedStorage& shared, const GemmParam
             wait(&shared.output_full[w][place.index], laps.of[w] >> place.index & 1, params.deadline,
                  Waiting::kOutputFull);
             laps.of[w] ^= 1u << place.index;
-            if (stage == 0) trace.mark(Mark::kFirstFull);
+            if (turn == 0) trace.mark(Mark::kFirstFull);
             send(w, share_of<kGemm>(params, slot, rank, w), stage, output_memory(shared, place) + w * (kPartBytes / 2));
         }
         if (kByTma) ptx::tma_store_commit();

@@ -19,9 +19,11 @@ constexpr int kTileN = 256;
 constexpr int kBlockK = 64;
 constexpr int kSliceK = 16;  // of one matrix instruction
 constexpr int kWarpgroupM = 64;
-constexpr int kRowTile = 128;     // every expert's segment of a row pool starts at a multiple of this
-constexpr int kRasterPairs = 8;   // M pairs that share a column tile before the next column tile starts
-constexpr int kMaxExperts = 512;  // local experts of one launch
+constexpr int kRowTile = 128;          // every expert's segment of a row pool starts at a multiple of this
+constexpr int kRasterPairs = 8;        // M pairs that share a column tile before the next column tile starts
+constexpr int kColumnBytes = 8 << 20;  // of a wgrad's right operand that a group of its columns holds, about
+constexpr int kLeastColumns = 8;       // column tiles of such a group
+constexpr int kMaxExperts = 512;       // local experts of one launch
 
 struct Unit {
     int m_tile;   // first 128-row tile of the unit
@@ -55,6 +57,26 @@ MEGAMOE_HD constexpr Unit unit_at(int rows, int n_tiles, int index) {
     const int of_pairs = n_tiles - column < 2 ? width : 2 * width;
     if (at >= of_pairs) return {2 * pairs, column, true};
     return {2 * (first + at % width), column + at / width, false};
+}
+
+// Columns that the units of a wgrad over `rows` rows go along before they come back for the next rows of the gradient:
+// an even number, of groups of about one width. Their part of the right operand stays in L2.
+MEGAMOE_HD constexpr int wgrad_columns(int rows, int n_tiles) {
+    const int fitting = kColumnBytes / ((rows > 0 ? rows : 1) * kTileN * 2);
+    const int most = fitting > kLeastColumns ? fitting : kLeastColumns;
+    return ceil_div(ceil_div(n_tiles, ceil_div(n_tiles, most)), 2) * 2;
+}
+
+// The index-th unit of a wgrad over `rows` rows; `m_extent`: rows of the gradient. Columns run fastest inside a group,
+// so that memory gets whole rows of the gradient; pairs run down in one group and up in the next, the tail last.
+MEGAMOE_HD constexpr Unit wgrad_unit_at(int m_extent, int rows, int n_tiles, int index) {
+    const int pairs = num_pairs(m_extent), columns = wgrad_columns(rows, n_tiles);
+    const int group = index / num_units(m_extent, columns), first = group * columns;
+    const int width = n_tiles - first < columns ? n_tiles - first : columns;
+    const int inside = index - group * num_units(m_extent, columns), tail = inside - pairs * width;
+    if (tail >= 0) return {2 * pairs, first + 2 * tail, true};
+    const int down = inside / width;
+    return {2 * (group % 2 == 0 ? down : pairs - 1 - down), first + inside % width, false};
 }
 
 // The tile of CTA `rank` (0 or 1) of a unit.

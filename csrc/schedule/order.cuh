@@ -94,7 +94,8 @@ MEGAMOE_HD constexpr int units_of(const Product& product, bool accumulate, int r
 template <class Product>
 MEGAMOE_HD constexpr Unit unit_of_product(const Product& product, int rows, int index) {
     const int n_tiles = ceil_div(product.n_extent, tile_columns(product.gemm));
-    return unit_at(is_wgrad(product.gemm) ? product.m_extent : rows, n_tiles, index);
+    if (is_wgrad(product.gemm)) return wgrad_unit_at(product.m_extent, rows, n_tiles, index);
+    return unit_at(rows, n_tiles, index);
 }
 
 struct FoundUnit {

@@ -2,8 +2,8 @@
 // Pure: the CPU test (tests/csrc/walk_ring.cpp) runs the roles' programs over it in random orders.
 //
 // Every unit walks its operand stages (`k_blocks`) and then its output stages, the places where results wait to be
-// sent. A unit's last output stage, where it is small, lies in a spare place beside the ring, so that the next unit's
-// operands find one more free stage.
+// sent. One output stage of a unit, where it is small, lies in a spare place beside the ring, so that the next unit's
+// operands find one more free stage. It is sent last: nobody needs its place before the next unit's results.
 #pragma once
 #include "schedule/grouped.cuh"
 
@@ -47,7 +47,9 @@ constexpr int kChunkColumns = 64;                  // columns of I in one output
 constexpr int kParts = 3;                          // 16 KB parts of a stage
 constexpr int kGradColumns = 32;                   // fp32 columns of a part
 constexpr int kGradParts = kTileN / kGradColumns;  // parts of a gradient tile
-constexpr int kGradStages = ceil_div(kGradParts, kParts);
+constexpr int kSpareParts = 2;
+constexpr int kGradStages = 1 + (kGradParts - kSpareParts) / kParts;
+static_assert(kSpareParts + (kGradStages - 1) * kParts == kGradParts);
 
 // Position in a ring of kCount slots: index and the parity of the lap.
 template <int kCount>
@@ -88,10 +90,28 @@ MEGAMOE_HD constexpr int output_stages(Gemm gemm, int n_extent, Unit unit, int k
     return first > second ? first : second;
 }
 
-// Whether output stage `stage` lies in the spare place.
+// Whether output stage `stage`, as the epilogue fills them, lies in the spare place. Of a wgrad it is the first one:
+// what the ring's stages add to is on its way meanwhile.
 MEGAMOE_HD constexpr bool in_spare(Gemm gemm, int stage) {
     if (gemm == Gemm::kFc1 || gemm == Gemm::kDgrad2) return false;
-    return stage == (gemm == Gemm::kWgrad ? kGradStages - 1 : 1);
+    return stage == (gemm == Gemm::kWgrad ? 0 : 1);
+}
+
+// The stage that is sent in turn `turn`: those in the ring first.
+MEGAMOE_HD constexpr int sent_stage(Gemm gemm, int turn, int stages) {
+    return gemm == Gemm::kWgrad ? (turn + 1) % stages : turn;
+}
+
+// Of an adding wgrad, whether the TMA unit adds this stage to memory, in L2, and the math warps need no old values.
+// That sends at half the rate of a store: good for what nobody waits for (measured; of all stages it would be slower).
+MEGAMOE_HD constexpr bool added_in_l2(int grad_stage) { return in_spare(Gemm::kWgrad, grad_stage); }
+
+// Parts of a gradient tile that lie in one of its output stages.
+struct GradParts {
+    int first, count;
+};
+MEGAMOE_HD constexpr GradParts grad_parts(int stage) {
+    return stage == 0 ? GradParts{0, kSpareParts} : GradParts{kSpareParts + (stage - 1) * kParts, kParts};
 }
 
 // A place for results: a stage of the ring or the spare.

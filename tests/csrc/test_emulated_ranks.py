@@ -121,6 +121,10 @@ MUTATIONS = {
         "roles/math.cuh", "if (rest > kSliceK)", "if (rest > kBlockK)", FUSED),
     "a wgrad's last rows overwrite the others": (
         "roles/math.cuh", "warpgroup, d, whole > 0)", "warpgroup, d, false)", MANY_ROWS),
+    "old gradients overwritten where L2 adds": (
+        "roles/output.cuh", "params.accumulate && added_in_l2(stage)", "false", FUSED),
+    "old gradients added twice": (
+        "roles/output.cuh", "params.accumulate && added_in_l2(stage)", "params.accumulate", FUSED),
     "a stage loaded before it is free": (
         "roles/loader.cuh",
         "        wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);\n", "",

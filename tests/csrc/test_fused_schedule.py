@@ -43,8 +43,9 @@ MUTATIONS = {
         GROUPED, "return num_pairs(rows) * n_tiles + ", "return num_pairs(rows) * n_tiles - (num_pairs(rows) > 1) + ",
         ["not done once", "deadlock"]),
     "one unit instead of another": (
-        ORDER, "product.m_extent : rows, n_tiles, index);", "product.m_extent : rows, n_tiles, index - (index == 1));",
-        ["twice"]),
+        ORDER, "unit_at(rows, n_tiles, index);", "unit_at(rows, n_tiles, index - (index == 1));", ["twice"]),
+    "one unit of a wgrad instead of another": (
+        ORDER, "rows, n_tiles, index);\n    return", "rows, n_tiles, index - (index == 1));\n    return", ["twice"]),
     "made one share early": (ORDER, SHARES, f"{SHARES} - (gemm == Gemm::kFc1 || gemm == Gemm::kDgrad2)", ["not made"]),
     "made one share late": (ORDER, SHARES, f"{SHARES} + (gemm == Gemm::kFc1 || gemm == Gemm::kDgrad2)", ["deadlock"]),
     "pushed one share early": (

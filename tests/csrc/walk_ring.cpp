@@ -334,7 +334,8 @@ private:
             };
             OutputPlace on_the_way{-1, 0};
             int handed = 0;
-            for (int stage = 0; stage < outputs; ++stage) {
+            for (int turn = 0; turn < outputs; ++turn) {
+                const int stage = sent_stage(task.gemm, turn, outputs);
                 OutputPlace place = next_output(position, task.gemm, stage);
                 const bool spare = place.index == kSpare;
                 const long content = spare ? 1000000 + spare_uses : walk;

@@ -75,6 +75,13 @@ void read_store(Store& store) {
     store.read = true;
 }
 
+void add_floats(uint8_t* to, const uint8_t* from) {
+    float sum[4], added[4];
+    std::memcpy(sum, to, 16), std::memcpy(added, from, 16);
+    for (int i = 0; i < 4; ++i) sum[i] += added[i];
+    std::memcpy(to, sum, 16);
+}
+
 void write_store(const Store& store) {
     if (store.part.global != nullptr) {
         std::memcpy(store.part.global, store.data.data(), store.data.size());
@@ -82,7 +89,7 @@ void write_store(const Store& store) {
     }
     const uint8_t* next = store.data.data();
     each_unit(store.part, [&](const uint8_t*, uint8_t* to) {
-        if (to != nullptr) std::memcpy(to, next, 16);
+        if (to != nullptr) store.add ? add_floats(to, next) : static_cast<void>(std::memcpy(to, next, 16));
         next += 16;
     });
 }
@@ -100,9 +107,9 @@ void require_fenced(const char* otherwise) {
     if (std::any_of(warp, warp + 32, [](const Fiber& fiber) { return fiber.wrote_shared; })) die(otherwise);
 }
 
-void push_store(const Part& part) {
+void push_store(const Part& part, bool add = false) {
     require_fenced("a bulk store follows plain stores to shared memory without a fence");
-    running->stores.push_back({part, {}, running->group, false});
+    running->stores.push_back({part, {}, running->group, false, add});
 }
 
 unsigned own_cta() { return 1u << (&cta() - cluster().ctas.data()); }
@@ -133,6 +140,11 @@ void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y,
 
 void store_box(const CUtensorMap* map, const void* from, int x, int y) {
     push_store(box(const_cast<void*>(from), map, x, y, 0));
+}
+
+void add_box(const CUtensorMap* map, const void* from, int x, int y) {
+    if (map->element != 4) die("the emulator adds boxes of fp32 only");
+    push_store(box(const_cast<void*>(from), map, x, y, 0), true);
 }
 
 void commit() { ++running->group; }

@@ -110,6 +110,7 @@ void wait_stores(int pending, bool written);
 // Boxes of tensor maps. ctas: of the cluster, a bit each; 0: the running one.
 void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, unsigned ctas);
 void store_box(const CUtensorMap* map, const void* from, int x, int y);
+void add_box(const CUtensorMap* map, const void* from, int x, int y);
 
 // wgmma m64n256k16: d, the running thread's share.
 void multiply(float* d, uint64_t a, bool a_mn, uint64_t b, bool b_mn, bool accumulate);

@@ -33,6 +33,7 @@ struct Store {
     std::vector<uint8_t> data;
     int group;
     bool read;
+    bool add;  // a box of fp32 is added to what is there
 };
 
 struct Load {

@@ -20,6 +20,12 @@ inline void tma_load_3d_multicast(void* dst, const CUtensorMap* map, uint64_t* b
     emulator::load_box(dst, map, barrier, x, y, z, ctas);
 }
 inline void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y) { emulator::store_box(map, src, x, y); }
+inline void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y, uint64_t) {
+    emulator::store_box(map, src, x, y);
+}
+inline void tma_add_2d(const CUtensorMap* map, const void* src, int x, int y, uint64_t) {
+    emulator::add_box(map, src, x, y);
+}
 inline void tma_store_commit() { emulator::commit(); }
 template <int kPending>
 void tma_store_wait_read() {
