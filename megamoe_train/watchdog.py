@@ -39,6 +39,7 @@ WAITS = {
     36: "the pushed rows of a combine",
     37: "a row copied to shared memory",
     38: "the rows of a token in its combine slots",
+    39: "the tokens of the second pull to be staged",
 }
 # csrc/comm/wait.cuh: enum class Failure.
 FAILURES = {1: "deadline passed", 2: "the peer is in another operation", 3: "another rank has failed"}

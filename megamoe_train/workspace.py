@@ -28,7 +28,7 @@ MAX_RANKS = 64
 MAX_EXPERTS = 1024
 ABORT_S = 1.0  # for the peers to be told
 SIZINGS = ("high_water", "fixed", "exact")
-LAYOUT_VERSION = 3  # to be raised with any change of csrc/layout/workspace.cuh
+LAYOUT_VERSION = 4  # to be raised with any change of csrc/layout/workspace.cuh
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Layout:
     ready: int  # u64 [READY_SLOTS, R]
     pulled: int  # u64 [2, R]
     pushed: int  # u64 [R]
+    staged: int  # u64 [R]
     counts: int  # i32 [2, R, E + header]
     row_sources: int  # i32 [2, T*K]
     weights: int  # f32 [2, T*K]
@@ -102,6 +103,7 @@ def layout_of(shape: Shape) -> Layout:
         "ready": 8 * READY_SLOTS * shape.ranks,
         "pulled": 8 * STAGING_BUFFERS * shape.ranks,
         "pushed": 8 * shape.ranks,
+        "staged": 8 * shape.ranks,
         "counts": 4 * 2 * shape.ranks * stride,
         "row_sources": 4 * 2 * flat,
         "weights": 4 * STAGING_BUFFERS * flat,

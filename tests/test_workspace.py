@@ -50,7 +50,7 @@ def regions(shape: Shape) -> dict[str, int]:
     tiles = (R * T * K + 127) // 128 + E // R
     counts = 4 * 2 * R * ((E + 8 + 31) // 32 * 32)
     words = {"state": 32, "abort": 8, "counted": 8 * R, "listed": 8 * R, "ready": 32 * R, "pulled": 16 * R}
-    lists = {"pushed": 8 * R, "counts": counts, "row_sources": 8 * T * K, "weights": 8 * T * K}
+    lists = {"pushed": 8 * R, "staged": 8 * R, "counts": counts, "row_sources": 8 * T * K, "weights": 8 * T * K}
     return words | lists | {"dweights": 4 * T * K, "staging": 4 * T * H, "slots": 2 * K * T * H,
                             "tile_flags": 4 * R * tiles}  # fmt: skip
 

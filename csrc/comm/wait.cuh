@@ -12,6 +12,7 @@ enum class Waiting : int {
     kUnit = 1, kUnitSlotFree = 2, kStageFull = 3, kStageFree = 4, kOutputFull = 5,
     kRowsArrived = 6, kTileMade = 7, kFrontier = 8, kClaimDue = 9,
     kCounts = 32, kRowSources = 33, kReady = 34, kPulled = 35, kPushed = 36, kRowLanded = 37, kSlotsFilled = 38,
+    kStaged = 39,
     // clang-format on
 };
 

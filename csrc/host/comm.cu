@@ -139,6 +139,7 @@ void run_rows(RowsPhase phase, const RowsArgs& args) {
                                        params.cut.row_bytes,
                                        params.tokens,
                                        params.top_k,
+                                       1u << params.buffer,
                                        1,
                                        {{params.buffer, params.tokens_in, params.weights}}},
                                       args.stream),

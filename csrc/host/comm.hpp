@@ -19,7 +19,7 @@ struct WorkspaceHandle {
     int64_t wait_record;
 };
 constexpr int kHandleInts = sizeof(WorkspaceHandle) / 8;
-constexpr int kLayoutInts = 15;
+constexpr int kLayoutInts = 16;
 constexpr int kPlanLayoutInts = 8;
 
 // Offsets of the regions and the bytes in all, in the order of WorkspaceLayout. shape: R, E, K, H, T.

@@ -29,6 +29,8 @@ FusedCounters counters_of(const FusedArgs& args) {
     counters.pulled = next + 3;
     counters.turns = next + 5;
     counters.frontier = next + 7;
+    counters.stagings = next + 9;
+    counters.staged = next + 10;
     next += kFusedScalars;
     counters.arrived = next, next += 2 * tiles;
     counters.made = next, next += tiles;
@@ -128,10 +130,10 @@ StageParams staging_of(const FusedArgs& args) {
     stage.row_bytes = 2 * args.workspace.hidden;
     stage.tokens = static_cast<int>(args.tokens);
     stage.top_k = static_cast<int>(args.workspace.top_k);
+    stage.buffers = staged_buffers(args);
     stage.rows[stage.count++] =
         is_backward(args.pass) ? StagedRows{1, args.dy, args.weights} : StagedRows{0, args.x, args.weights};
-    if (args.second_pool != nullptr) stage.rows[stage.count++] = {0, args.x, nullptr};
-    return stage;
+    return stage;  // x of backward's second pull: roles/stage.cuh
 }
 
 using Launch = cudaError_t(const FusedParams&, int, cudaStream_t);

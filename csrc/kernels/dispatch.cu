@@ -16,8 +16,8 @@ static_assert(kAnnounceThreads >= kMaxRanks);
 __global__ void wait_pulled_kernel(const __grid_constant__ StageParams params) {
     const Peers& peers = params.peers;
     if (threadIdx.x >= peers.ranks) return;
-    for (int i = 0; i < params.count; ++i) {
-        const int buffer = params.rows[i].buffer;
+    for (int buffer = 0; buffer < kStagingBuffers; ++buffer) {
+        if (!(params.buffers >> buffer & 1)) continue;
         const uint32_t last = static_cast<uint32_t>(state_word(peers, kStateStagedEpoch + buffer));
         const int64_t index = int64_t{buffer} * peers.ranks + threadIdx.x;
         wait_word(peers, words(peers, peers.rank, peers.layout.pulled) + index, last, Waiting::kPulled, threadIdx.x);

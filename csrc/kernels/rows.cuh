@@ -23,12 +23,13 @@ struct StageParams {
     int64_t row_bytes;
     int tokens;
     int top_k;
+    unsigned buffers;  // that the operation fills, a bit each; those not in `rows` later, by itself
     int count;
     StagedRows rows[kStagingBuffers];
 };
 
-// Copies tokens and weights into this rank's staging buffers, once every peer has pulled what they held before. Needs
-// no plan, and may be done again until it is announced.
+// Copies tokens and weights into this rank's staging buffers, once every peer has pulled what all `buffers` held
+// before. Needs no plan, and may be done again until it is announced.
 cudaError_t launch_stage(const StageParams& params, cudaStream_t stream);
 
 // Starts an operation: counts its epoch, zeroes its control block and sends the ready word to all peers.

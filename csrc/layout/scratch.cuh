@@ -8,7 +8,7 @@
 
 namespace megamoe {
 
-constexpr int64_t kCounterScalars = 9;     // ints before the counters that there is one of per tile or token
+constexpr int64_t kCounterScalars = 11;    // ints before the counters that there is one of per tile or token
 constexpr int64_t kCounterTileRows = 128;  // rows of a tile that has counters of its own
 constexpr int64_t kDpTile = 256;           // columns of I that one partial sum of dp covers
 

@@ -61,6 +61,7 @@ struct WorkspaceLayout {
     int64_t ready;        // u64 [4, R]                 peer r            four operations later
     int64_t pulled;       // u64 [2, R]                 peer r            monotone
     int64_t pushed;       // u64 [R]                    peer r            monotone
+    int64_t staged;       // u64 [R]                    peer r            monotone
     int64_t counts;       // i32 [2, R, E + header]     peer r            counted of the epoch after next
     int64_t row_sources;  // i32 [2, T*K]               owner             counted of the epoch after next, all peers
     int64_t weights;      // f32 [2, T*K]               owner             pulled[buffer] from all peers
@@ -98,6 +99,7 @@ MEGAMOE_BOTH constexpr WorkspaceLayout workspace_layout(const WorkspaceShape& sh
     layout.ready = next, next += align_region(kReadySlots * shape.ranks * kWordBytes);
     layout.pulled = next, next += align_region(kStagingBuffers * shape.ranks * kWordBytes);
     layout.pushed = next, next += align_region(shape.ranks * kWordBytes);
+    layout.staged = next, next += align_region(shape.ranks * kWordBytes);
     layout.counts = next, next += align_region(2 * shape.ranks * counts_stride(shape.experts) * 4);
     layout.row_sources = next, next += align_region(2 * flat * 4);
     layout.weights = next, next += align_region(kStagingBuffers * flat * 4);

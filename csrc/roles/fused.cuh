@@ -6,6 +6,7 @@
 #include "roles/pull.cuh"
 #include "roles/scatter.cuh"
 #include "roles/scheduler.cuh"
+#include "roles/stage.cuh"
 #include "roles/sum.cuh"
 
 namespace megamoe {
@@ -197,9 +198,15 @@ __device__ __forceinline__ void fused_mover(const FusedParams& params) {
     uint64_t seen = 0;
     Trace trace(params.products[0].trace);
     MoverSums sums(params);
+    MoverStaging staging(params);
     for (int which = 0; which < params.num_pulls; ++which) {
+        if constexpr (is_backward(kPass)) {
+            while (which == 1 && staging.step<kMoverDepth>()) {}  // peers pull it next
+        }
         pull_rows<kMoverDepth>(params, which, kAllRows, seen, [&] {
-            if constexpr (is_backward(kPass)) sums.meanwhile();
+            if constexpr (is_backward(kPass)) {
+                if (!staging.step<kMoverDepth>()) sums.meanwhile();
+            }
         });
         trace.mark(which == 0 ? CtaMark::kPulled : CtaMark::kPulledSecond);
     }

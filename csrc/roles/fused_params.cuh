@@ -22,6 +22,8 @@ struct FusedCounters {
     int* pulls;       // [2] claims of rows to pull
     int* pulled;      // [2] rows pulled
     int* turns;       // [2] to sum tokens, begun in each round
+    int* stagings;    // claims of tokens to stage
+    int* staged;      // tokens staged
     int* frontier;    // [2] highest expert, of those a pull is for, that a unit was handed out of
     int* arrived;     // [2, tiles] rows that have arrived of each row tile
     int* made;        // [tiles] finished (column tile, warpgroup)s of fc1 or dgrad2
@@ -29,7 +31,7 @@ struct FusedCounters {
     unsigned* taken;  // [ceil(T / 32)] tokens that a warp has taken to sum, a bit each
 };
 
-constexpr int kFusedScalars = 9;  // ints before the arrays
+constexpr int kFusedScalars = 11;  // ints before the arrays
 
 struct FusedParams {
     GemmParams products[kMaxProducts];
@@ -51,7 +53,7 @@ struct FusedParams {
     int tiles;       // row tiles of the pools
     Pull pulls[2];
     int num_pulls;
-    unsigned staged;      // staging buffers that the pulls read, a bit each
+    unsigned staged;      // staging buffers that the pulls read, a bit each; the second pull's is filled in the launch
     float* row_weights;   // [capacity] p of each row
     uint8_t* tokens_out;  // [T, H] bf16: y or dx
     float* dweights;      // [T, K]; null in forward

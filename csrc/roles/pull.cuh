@@ -51,6 +51,21 @@ __device__ __forceinline__ void count_pulled(const FusedParams& params, int whic
     }
 }
 
+// Lanes wait until the peers their rows belong to have staged the second pull's, each peer once per warp and launch:
+// ld.acquire.sys by a lane; barrier.
+__device__ __forceinline__ void wait_for_staged(const Peers& peers, int rank, uint32_t epoch, uint64_t& seen) {
+    const bool unseen = rank >= 0 && rank != peers.rank && !(seen >> rank & 1);
+    if (!__any_sync(0xffffffffu, unseen)) return;
+    if (unseen) {
+        wait_word(peers, words(peers, peers.rank, peers.layout.staged) + rank, epoch, Waiting::kStaged, rank);
+    }
+    const uint64_t bit = unseen ? 1ull << rank : 0;
+    const uint32_t low = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(bit));
+    const uint32_t high = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(bit >> 32));
+    seen |= static_cast<uint64_t>(high) << 32 | low;
+    __syncwarp();
+}
+
 constexpr int64_t kAllRows = INT64_MAX;
 
 // Waits until units of an expert not far before the row's are being worked on: rows pulled much earlier only drive what
@@ -80,6 +95,7 @@ __device__ __forceinline__ void pull_rows(const FusedParams& params, int which, 
     const int lane = threadIdx.x & 31;
     const int64_t rows = *params.num_rows;
     const uint64_t expected = expected_ready(params);
+    uint64_t staged = 0;  // ranks whose staging this warp has seen complete
     int expert = 0;
     while (true) {
         int claim = lane == 0 ? atomicAdd(params.counters.pulls + which, 1) : 0;
@@ -96,6 +112,7 @@ __device__ __forceinline__ void pull_rows(const FusedParams& params, int which, 
         const bool mine = lane < params.claim_rows;
         const RowSource source = decode_source(mine ? params.source_of[first + lane] : -1);
         wait_for_peers(peers, source.rank, expected, seen);
+        if (which == 1) wait_for_staged(peers, source.rank, epoch_of(expected), staged);
         const RowOrigin origin = row_origin(params, pull, source);
         if (mine && pull.weighted) params.row_weights[first + lane] = origin.weight;
         for (int i = 0; i < params.claim_rows; ++i) {

@@ -1,4 +1,4 @@
-// What movers and math warps of walk_fused.cpp have in common: rows that come in, and sums of tokens.
+// What movers and math warps of walk_fused.cpp have in common: rows that come in and are staged, and sums of tokens.
 #pragma once
 #include <algorithm>
 
@@ -33,7 +33,9 @@ struct Puller {
             for (; row < first + work.claim_rows; ++row) {
                 const int from = part.source[row];
                 if (from >= 0 && from != r && !rank.ready[from]) return false;
+                if (from >= 0 && from != r && which == 1 && !rank.staged_word[from]) return false;
                 if (from >= 0 && !world.ranks[from].staged) fail("a row is pulled that is not staged", r, row);
+                if (from >= 0 && from != r && which == 1) check_staged(world.ranks[from], r, row);
                 if (from >= 0 && world.ranks[from].acked[which][r]) fail("a row is pulled after the last", r, row);
             }
             if (rank.copied[which][first / work.claim_rows]++) fail("a row is pulled twice", r, first);
@@ -52,6 +54,13 @@ struct Puller {
         return true;
     }
 
+    // All of a peer's tokens: which one the row is, the plan of the walk does not say.
+    static void check_staged(const Rank& from, int r, int row) {
+        for (char copied : from.late_copied) {
+            if (!copied) fail("a row is pulled that is not staged", r, row);
+        }
+    }
+
     // As count_pulled(): whoever counts last acknowledges.
     void count(World& world, int r, int rows) {
         Rank& rank = world.ranks[r];
@@ -62,6 +71,41 @@ struct Puller {
         }
         for (Rank& source : world.ranks) ++source.acked[which][r];
     }
+};
+
+// Tokens of the second pull, as stage_claim().
+struct Stager {
+    int state = 0, first = 0, rows = 0;
+    bool open = true;
+
+    // False, once and for all, when no claim is left.
+    bool step(World& world, int r) {
+        const Case& work = world.work;
+        Rank& rank = world.ranks[r];
+        const int tokens = work.parts[r].tokens;
+        if (state == 0) {
+            open = open && work.ranks > 1 && work.num_pulls > 1;
+            if (!open) return false;
+            first = rank.stagings++ * work.claim_rows;
+            open = first < tokens;
+            if (!open) return false;
+            rows = std::min(work.claim_rows, tokens - first);
+        } else if (state == 1) {
+            for (int token = first; token < first + rows; ++token) {
+                if (rank.late_copied[token]++) fail("a token is staged twice", r, token);
+            }
+        } else if (state == 2) {
+            rank.staged_tokens += rows;
+            if (rank.staged_tokens != tokens) state = -1;
+        } else {
+            world.ranks[state - 3].staged_word[r] = 1;
+            if (state - 2 == work.ranks) state = -1;
+        }
+        ++state;
+        return true;
+    }
+    // In the middle of a claim.
+    bool busy() const { return state != 0; }
 };
 
 inline bool all_ready(const World& world, int r) {

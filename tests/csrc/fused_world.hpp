@@ -37,12 +37,13 @@ struct Cluster {
 // One rank's counters, words and flags, and what was really done there.
 struct Rank {
     // as in the kernels
-    int units = 0, pulls[2] = {}, pulled[2] = {}, turns[2] = {}, frontier[2] = {};
+    int units = 0, pulls[2] = {}, pulled[2] = {}, turns[2] = {}, frontier[2] = {}, stagings = 0, staged_tokens = 0;
     std::vector<int> arrived[2], made, pushed;
-    std::vector<char> taken, ready;
-    std::vector<std::vector<char>> flags;  // [owner][tile]
+    std::vector<char> taken, ready, staged_word;  // staged_word: [R]
+    std::vector<std::vector<char>> flags;         // [owner][tile]
     // truth
-    bool staged = false;
+    bool staged = false;                   // of the first pull
+    std::vector<char> late_copied;         // [T] of the second
     std::vector<char> copied[2];           // [M / claim_rows]
     std::vector<int> rows_here[2];         // [tiles]
     std::vector<int> shares[2];            // [tiles] of fc1 or dgrad2, of fc2 or dgrad1
@@ -113,7 +114,8 @@ struct World {
         }
         rank.made.assign(tiles, 0), rank.pushed.assign(tiles, 0);
         rank.taken.assign(part.tokens, 0), rank.sums.assign(part.tokens, 0);
-        rank.ready.assign(work.ranks, 0);
+        rank.ready.assign(work.ranks, 0), rank.staged_word.assign(work.ranks, 0);
+        rank.late_copied.assign(part.tokens, 0);
         for (const Part& owner : work.parts) rank.flags.emplace_back(tiles_of(owner), 0);
         for (int p = 0; p < work.order.products; ++p) {
             const Product& product = work.products[p];
@@ -141,6 +143,9 @@ inline void World::check_end() const {
         if (rank.left != work.clusters) fail("a cluster has not left", r, rank.left);
         for (int t = 0; t < part.tokens; ++t) {
             if (rank.sums[t] != 1) fail("a token is not summed once", r, t);
+        }
+        for (char copied : rank.late_copied) {
+            if (copied != (work.ranks > 1 && work.num_pulls > 1)) fail("a token is not staged once", r);
         }
         for (int i = 0; i < 2; ++i) {
             for (int acked : rank.acked[i]) {

@@ -101,6 +101,13 @@ MUTATIONS = {
         FUSED),
     "the first unit of a row tile announces it": (
         "roles/scatter.cuh", " + warpgroups != all) return;", " != 0) return;", PEERS),
+    "the second pull before it is staged": (
+        "roles/pull.cuh", "if (which == 1) wait_for_staged(", "if (which == 2) wait_for_staged(", PEERS),
+    "staging announced by the first claim": (
+        "roles/stage.cuh", "rows) + rows == params.tokens", "rows) == 0", PEERS),
+    "staging left to waits": (
+        "roles/fused.cuh", "            while (which == 1 && staging.step<kMoverDepth>()) {}  // peers pull it next\n", "",
+        PEERS),
     "a unit's slot written before it was read": (
         "roles/scheduler.cuh",
         "    wait(&shared.unit_free[cursor.index], cursor.parity ^ 1, deadline, Waiting::kUnitSlotFree);\n", "",

@@ -58,6 +58,14 @@ MUTATIONS = {
     "wgrad1 does not wait for x": (ORDER, "product == kProductWgrad1 ? 1 : -1", "-1", ["not there"]),
     "the claim at the end does not count": (
         MOVERS, "state == 4 ? work.claim_rows : 1", "state == 4 ? work.claim_rows : 0", ["acknowledgements"]),
+    "staging announced by the first claim": (
+        MOVERS, "if (rank.staged_tokens != tokens) state = -1;", "if (rank.staged_tokens == tokens) state = -1;",
+        ["that is not staged", "deadlock"]),
+    "staging is left to nobody": (
+        WALK, "            if (state == 1 && stager.step(world, rank)) return true;\n", "",
+        ["deadlock", "not staged once"]),
+    "the second pull does not wait for staging": (
+        MOVERS, "which == 1 && !rank.staged_word[from]", "which == 2", ["that is not staged"]),
     "no turn waits": (MOVERS, "round == 1 && std", "round == 2 && std", ["not summed once"]),
     "tokens are not taken": (MOVERS, "return rank.taken[token]++ != 0;", "return false;", ["not summed once"]),
 }  # fmt: skip

@@ -232,6 +232,8 @@ struct Mover : Agent {
         bool finished = false;
         if (state < pulls) {
             if (summer.summing()) return summer.step(world, rank, sweep, finished);
+            if (stager.busy()) return stager.step(world, rank);
+            if (state == 1 && stager.step(world, rank)) return true;
             puller.which = state, puller.throttled = true;
             if (!puller.step(world, rank, finished)) return meanwhile(sweep, tiles);
             if (finished) puller = {}, ++state;
@@ -244,8 +246,9 @@ struct Mover : Agent {
         }
         return true;
     }
-    // As MoverSums::meanwhile().
+    // As MoverStaging::step(), then MoverSums::meanwhile().
     bool meanwhile(bool sweep, int tiles) {
+        if (world.work.backward && puller.state == 1 && stager.step(world, rank)) return true;
         const bool begun = tiles > 0 && world.ranks[rank].pushed[first_swept(tiles)] > 0;
         if (!world.work.backward || puller.state != 1 || world.work.parts[rank].tokens == 0 || !begun) return false;
         bool finished = false;
@@ -253,6 +256,7 @@ struct Mover : Agent {
         return summer.step(world, rank, sweep, finished) && !finished;
     }
     Puller puller;
+    Stager stager;
     Summer summer{true};
 };
 
