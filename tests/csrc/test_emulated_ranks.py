@@ -33,6 +33,7 @@ FIRST, PIECES, AHEAD, CTAS = (
     "combines by many CTAs",
 )
 FUSED, PEERS, MANY_ROWS = "fused, 2 ranks", "fused, 4 ranks", "fused, 1 rank, many rows"
+ADDED = "fused, gradients added or not wanted"
 SMALL_ROWS, PLANS = "layer of 2 ranks, several rows a unit", "plans, int32, high water"
 EARLY = "if (!last_cta(params.control + kRowTicket, gridDim.x)) return;\n    if (threadIdx.x >= peers.ranks) return;"
 MUTATIONS = {
@@ -103,11 +104,12 @@ MUTATIONS = {
         "roles/scatter.cuh", " + warpgroups != all) return;", " != 0) return;", PEERS),
     "the second pull before it is staged": (
         "roles/pull.cuh", "if (which == 1) wait_for_staged(", "if (which == 2) wait_for_staged(", PEERS),
-    "staging announced by the first claim": (
-        "roles/stage.cuh", "rows) + rows == params.tokens", "rows) == 0", PEERS),
+    "the last tokens staged by nobody": (
+        "roles/stage.cuh", "if (first >= params.tokens) return false;",
+        "if (first + params.claim_rows > params.tokens) return false;", FUSED),
     "staging left to waits": (
-        "roles/fused.cuh", "            while (which == 1 && staging.step<kMoverDepth>()) {}  // peers pull it next\n", "",
-        PEERS),
+        "roles/fused.cuh", "            while (which == 1 && staging.step<kMoverDepth>()) {}  // peers pull it next\n",
+        "", PEERS),
     "a unit's slot written before it was read": (
         "roles/scheduler.cuh",
         "    wait(&shared.unit_free[cursor.index], cursor.parity ^ 1, deadline, Waiting::kUnitSlotFree);\n", "",
@@ -129,9 +131,9 @@ MUTATIONS = {
     "a wgrad's last rows overwrite the others": (
         "roles/math.cuh", "warpgroup, d, whole > 0)", "warpgroup, d, false)", MANY_ROWS),
     "old gradients overwritten where L2 adds": (
-        "roles/output.cuh", "params.accumulate && added_in_l2(stage)", "false", FUSED),
+        "roles/output.cuh", "params.accumulate && added_in_l2(stage)", "false", ADDED),
     "old gradients added twice": (
-        "roles/output.cuh", "params.accumulate && added_in_l2(stage)", "params.accumulate", FUSED),
+        "roles/output.cuh", "params.accumulate && added_in_l2(stage)", "params.accumulate", ADDED),
     "a stage loaded before it is free": (
         "roles/loader.cuh",
         "        wait(&shared.stage_free[ring.index], ring.parity ^ 1, params.deadline, Waiting::kStageFree);\n", "",

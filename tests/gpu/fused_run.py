@@ -12,7 +12,7 @@ import torch
 from megamoe_train import ops, ops_fused, ops_plan
 from megamoe_train.bench import ranks as processes
 from megamoe_train.workspace import Shape, Workspace
-from tests.gpu.layer_case import Layer, RankResult
+from tests.gpu.layer_case import Layer, RankResult, assert_layer
 from tests.gpu.virtual import Ranks
 
 
@@ -86,14 +86,26 @@ class VirtualRanks:
         with ranks.workspaces[0].guard.watch():
             ranks.synchronize()
             plans = ranks.plan(layer.ids, "fixed" if capacity else "high_water", capacity)
+            self._poison_staging()
             self._delay(late)
-            maps = self._maps(layer)
-            calls = ranks.each(
-                lambda *a: ops_fused.ForwardCall(*a, **self._options(layer)), plans, layer.xs, layer.ps, maps
-            )
-            results = [RankResult(call.y, call.h) for call in self._launch(calls)]
+            results = self._forward(layer, plans)
             ranks.synchronize()
         return plans, results
+
+    def back_to_back(self, layers: list[Layer], *, late: int) -> list[dict[int, RankResult]]:
+        """Forwards of all layers, then backwards from the last to the first, with nothing between them."""
+        ranks, size = self.ranks, max(ops.ROW_TILE, *(layer.most_rows for layer in layers))
+        with ranks.workspaces[0].guard.watch():
+            plans = [ranks.give_plans(layer.ids, [size] * len(ranks.workspaces)) for layer in layers]
+            self._poison_staging()
+            self._delay(late)
+            results = [self._forward(*given) for given in zip(layers, plans, strict=True)]
+            for layer, plan, of_layer in reversed(list(zip(layers, plans, results, strict=True))):
+                for rank, result in enumerate(of_layer):
+                    result.dfc1, result.dfc2 = gradients(layer, rank)
+                self._backward(layer, plan, of_layer, [result.h for result in of_layer], add=False)
+            ranks.synchronize()
+        return [dict(enumerate(of_layer)) for of_layer in results]
 
     def backward(
         self, layer: Layer, plans, results: list[RankResult], *, late: int | None = None, add: bool = False,
@@ -104,23 +116,41 @@ class VirtualRanks:
         for rank, result in enumerate(results):
             if not add:
                 result.dfc1, result.dfc2 = gradients(layer, rank, dtype)
+        with self.ranks.workspaces[0].guard.watch():
+            self._poison_staging()
+            self._delay(late)
+            self._backward(layer, plans, results, [result.h.clone() for result in results], add=add, wanted=wanted)
+            self.ranks.synchronize()
+
+    def _forward(self, layer: Layer, plans) -> list[RankResult]:
+        given = plans, layer.xs, layer.ps, self._maps(layer)
+        calls = self.ranks.each(lambda *a: ops_fused.ForwardCall(*a, **self._options(layer)), *given)
+        return [RankResult(call.y, call.h) for call in self._launch(calls)]
+
+    def _backward(
+        self, layer: Layer, plans, results: list[RankResult], hs: list[torch.Tensor], *, add: bool,
+        wanted: tuple[bool, bool] = (True, True),
+    ) -> None:  # fmt: skip
         tables = [
             [ops.GradientTable.of(kind) if is_wanted else None for kind, is_wanted in zip(both, wanted, strict=True)]
             for both in ((result.dfc1, result.dfc2) for result in results)
         ]
-        with self.ranks.workspaces[0].guard.watch():
-            self.ranks.synchronize()
-            self._delay(late)
-            calls = self.ranks.each(
-                lambda plan, dy, x, h, p, maps, tables: ops_fused.BackwardCall(
-                    plan, dy, x, h, p, maps, *tables, accumulate1=add, accumulate2=add, **self._options(layer)
-                ),
-                plans, layer.dys, layer.xs, [result.h.clone() for result in results], layer.ps,
-                self._maps(layer), tables,
-            )  # fmt: skip
-            for result, call in zip(results, self._launch(calls), strict=True):
-                result.dx, result.dweights = call.dx, call.dweights
-            self.ranks.synchronize()
+        calls = self.ranks.each(
+            lambda plan, dy, x, h, p, maps, tables: ops_fused.BackwardCall(
+                plan, dy, x, h, p, maps, *tables, accumulate1=add, accumulate2=add, **self._options(layer)
+            ),
+            plans, layer.dys, layer.xs, hs, layer.ps, self._maps(layer), tables,
+        )  # fmt: skip
+        for result, call in zip(results, self._launch(calls), strict=True):
+            result.dx, result.dweights = call.dx, call.dweights
+
+    def _poison_staging(self) -> None:
+        """What a pass does not stage, or not yet, shows: NaN in all staging buffers, once all ranks are idle."""
+        self.ranks.synchronize()
+        for workspace in self.ranks.workspaces:
+            shape = workspace.shape
+            workspace.region("staging", torch.bfloat16, 2, shape.tokens, shape.hidden).fill_(torch.nan)
+        self.ranks.synchronize()
 
     def _options(self, layer: Layer) -> dict:
         return {"clamp": layer.case.clamp, "num_sms": self.num_sms}
@@ -161,3 +191,15 @@ def assert_same_bits(layer: Layer, one: dict[int, RankResult], other: dict[int, 
         pairs = zip(bits(one[rank], layer, rank), bits(other[rank], layer, rank), strict=True)
         for number, (mine, theirs) in enumerate(pairs):
             assert torch.equal(mine, theirs), f"{layer.case}: rank {rank}, tensor {number} differs"
+
+
+def assert_back_to_back(layers: list[Layer], ranks: VirtualRanks) -> None:
+    """Passes with nothing between them, one rank late: right, and the bits of passes one by one."""
+    alone = [ranks.run(layer) for layer in layers]
+    for late in range(len(ranks.ranks.workspaces)):
+        found = ranks.back_to_back(layers, late=late)
+        for layer, one, other in zip(layers, alone, found, strict=True):
+            for result, had in zip(other.values(), one.values(), strict=True):
+                result.h = had.h  # spent: dh lies there
+            assert_layer(layer, other)
+            assert_same_bits(layer, one, other)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.gpu.fused_run import VirtualRanks, assert_bf16_gradients, assert_same_bits, one_rank
+from tests.gpu.fused_run import VirtualRanks, assert_back_to_back, assert_bf16_gradients, assert_same_bits, one_rank
 from tests.gpu.layer_case import Case, Layer, assert_layer
 from tests.gpu.virtual import Load
 from tests.workloads import ROUTINGS
@@ -47,6 +47,12 @@ def test_one_rank(case):
 def test_bits_do_not_depend_on_the_number_of_sms(num_sms):
     layer = Layer(Case(Load("zipf", (1500,), 3, 16), 512, 384, 1.0, 2.0))
     assert_same_bits(layer, one_rank(layer, 0), one_rank(layer, 0, num_sms=num_sms))
+
+
+@pytest.mark.parametrize("tokens", [(700, 900), (64, 65, 1, 300)], ids=str)
+def test_passes_back_to_back(tokens):
+    layers = [Layer(Case(Load("zipf", tokens, 3, 16), 1024, 256), seed=seed) for seed in range(3)]
+    assert_back_to_back(layers, VirtualRanks(layers[0]))
 
 
 @pytest.mark.parametrize("case", VIRTUAL, ids=str)

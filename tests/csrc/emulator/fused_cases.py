@@ -7,7 +7,7 @@ import copy
 import torch
 
 from megamoe_train import ops, ops_plan
-from tests.gpu.fused_run import VirtualRanks, assert_bf16_gradients, assert_same_bits
+from tests.gpu.fused_run import VirtualRanks, assert_back_to_back, assert_bf16_gradients, assert_same_bits
 from tests.gpu.gemm_case import Case as GemmCase
 from tests.gpu.gemm_case import assert_products, assert_wgrad
 from tests.gpu.layer_case import Case, Layer, RankResult, assert_layer
@@ -61,6 +61,11 @@ def fused_gradients() -> None:
 def fused_bf16_gradients() -> None:
     layer = Layer(Case(Load("zipf", (40, 0, 61), 3, 12), 512, 384, 1.0, 3.0), device="cpu")
     assert_bf16_gradients(layer, VirtualRanks(layer, 4, EmulatedRanks(layer.case.load, layer.case.hidden)))
+
+
+def back_to_back() -> None:
+    layers = [Layer(Case(Load("zipf", (40, 61), 3, 8), 512, 256), device="cpu", seed=seed) for seed in range(3)]
+    assert_back_to_back(layers, VirtualRanks(layers[0], 4, EmulatedRanks(layers[0].case.load, 512)))
 
 
 def fused_overflow() -> None:
@@ -119,6 +124,7 @@ CASES = {
     "fused, 4 ranks": lambda: fused(Case(Load("some_dropped", (7, 0, 31, 20), 4, 16), 768, 128, 2.0, 2.0), 2),
     "fused, gradients added or not wanted": fused_gradients,
     "fused, gradients in bf16": fused_bf16_gradients,
+    "fused, passes back to back": back_to_back,
     "fused, overflow": fused_overflow,
     "moe through autograd": through_autograd,
     "gradients in fresh tensors": fresh_buffers,
