@@ -1,5 +1,7 @@
 // Staging inside a fused launch: x of the second pull is not needed before the weight gradients, so movers copy it into
-// this rank's staging buffer while they wait for other things, instead of a launch before.
+// this rank's staging buffer while they wait for other things, instead of a launch before. Peers that hold none of its
+// rows acknowledge their pull before that: the next operation may stage because this launch is over, not because of
+// them.
 #pragma once
 #include "roles/pull.cuh"
 

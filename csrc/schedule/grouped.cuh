@@ -62,7 +62,7 @@ MEGAMOE_HD constexpr Unit unit_at(int rows, int n_tiles, int index) {
 // Columns that the units of a wgrad over `rows` rows go along before they come back for the next rows of the gradient:
 // an even number, of groups of about one width. Their part of the right operand stays in L2.
 MEGAMOE_HD constexpr int wgrad_columns(int rows, int n_tiles) {
-    const int fitting = kColumnBytes / ((rows > 0 ? rows : 1) * kTileN * 2);
+    const int fitting = kColumnBytes / (kTileN * 2) / (rows > 0 ? rows : 1);
     const int most = fitting > kLeastColumns ? fitting : kLeastColumns;
     return ceil_div(ceil_div(n_tiles, ceil_div(n_tiles, most)), 2) * 2;
 }

@@ -104,6 +104,7 @@ MEGAMOE_HD constexpr int sent_stage(Gemm gemm, int turn, int stages) {
 
 // Of an adding wgrad, whether the TMA unit adds this stage to memory, in L2, and the math warps need no old values.
 // That sends at half the rate of a store: good for what nobody waits for (measured; of all stages it would be slower).
+// It rounds to nearest too, but may take a subnormal sum for zero.
 MEGAMOE_HD constexpr bool added_in_l2(int grad_stage) { return in_spare(Gemm::kWgrad, grad_stage); }
 
 // Parts of a gradient tile that lie in one of its output stages.
