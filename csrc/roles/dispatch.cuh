@@ -85,17 +85,22 @@ private:
     int claim_rows_;
 };
 
+// Adds the ranks of those lanes that have waited for theirs to the warp's set `seen`; barrier.
+__device__ __forceinline__ void add_seen(uint64_t& seen, int rank, bool waited) {
+    const uint64_t bit = waited ? 1ull << rank : 0;
+    const uint32_t low = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(bit));
+    const uint32_t high = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(bit >> 32));
+    seen |= static_cast<uint64_t>(high) << 32 | low;
+    __syncwarp();
+}
+
 // Lanes wait for the peers their rows belong to, each peer once per warp and launch: `seen` is the warp's set of ranks.
 // Afterwards the async proxy may touch what was announced: ld.acquire.sys by a lane; barrier; fence.proxy.async.
 __device__ __forceinline__ void wait_for_peers(const Peers& peers, int rank, uint64_t expected, uint64_t& seen) {
     const bool unseen = rank >= 0 && rank != peers.rank && !(seen >> rank & 1);
     if (!__any_sync(0xffffffffu, unseen)) return;
     if (unseen) wait_ready(peers, rank, expected);
-    const uint64_t bit = unseen ? 1ull << rank : 0;
-    const uint32_t low = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(bit));
-    const uint32_t high = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(bit >> 32));
-    seen |= static_cast<uint64_t>(high) << 32 | low;
-    __syncwarp();
+    add_seen(seen, rank, unseen);
     ptx::fence_async();
 }
 

@@ -59,11 +59,7 @@ __device__ __forceinline__ void wait_for_staged(const Peers& peers, int rank, ui
     if (unseen) {
         wait_word(peers, words(peers, peers.rank, peers.layout.staged) + rank, epoch, Waiting::kStaged, rank);
     }
-    const uint64_t bit = unseen ? 1ull << rank : 0;
-    const uint32_t low = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(bit));
-    const uint32_t high = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(bit >> 32));
-    seen |= static_cast<uint64_t>(high) << 32 | low;
-    __syncwarp();
+    add_seen(seen, rank, unseen);
 }
 
 constexpr int64_t kAllRows = INT64_MAX;

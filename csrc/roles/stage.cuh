@@ -7,11 +7,6 @@
 
 namespace megamoe {
 
-// Whether movers stage what pull `which` offers to peers. Earlier pulls' rows are staged before the launch.
-__device__ __forceinline__ bool stages_late(const FusedParams& params, int which) {
-    return which == 1 && params.peers.ranks > 1 && params.num_pulls > 1;
-}
-
 // The next claim of tokens by a warp; false when none is left. Staged -> pulled: stores by all lanes; barrier;
 // atom.acq_rel.gpu by each warp; the last one fence.acq_rel.sys, st.release.sys.
 template <int kDepth>
@@ -41,7 +36,7 @@ __device__ __forceinline__ bool stage_claim(const FusedParams& params) {
 class MoverStaging {
 public:
     __device__ __forceinline__ explicit MoverStaging(const FusedParams& params)
-        : params_(params), open_(stages_late(params, 1)) {}
+        : params_(params), open_(params.peers.ranks > 1 && params.num_pulls > 1) {}
 
     // One claim; false when there is none. Whole warp.
     template <int kDepth>

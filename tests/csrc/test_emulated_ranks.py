@@ -41,7 +41,7 @@ MUTATIONS = {
     "rows pulled before they are announced": (
         "roles/dispatch.cuh", "if (unseen) wait_ready(peers, rank, expected);", "", PIECES),
     "no proxy fence between announcement and bulk load": (
-        "roles/dispatch.cuh", "__syncwarp();\n    ptx::fence_async();", "__syncwarp();", PIECES),
+        "roles/dispatch.cuh", "unseen);\n    ptx::fence_async();", "unseen);", PIECES),
     "staging overwritten before it was pulled": (
         "kernels/dispatch.cu", "    wait_pulled_kernel<<<1, kMaxRanks, 0, stream>>>(params);\n", "",
         "dispatches back to back"),
