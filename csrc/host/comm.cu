@@ -140,8 +140,7 @@ void run_rows(RowsPhase phase, const RowsArgs& args) {
                                        params.tokens,
                                        params.top_k,
                                        1u << params.buffer,
-                                       1,
-                                       {{params.buffer, params.tokens_in, params.weights}}},
+                                       {params.buffer, params.tokens_in, params.weights}},
                                       args.stream),
                          "launching stage");
         case RowsPhase::kAnnounceStaged:

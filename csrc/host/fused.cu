@@ -131,9 +131,9 @@ StageParams staging_of(const FusedArgs& args) {
     stage.tokens = static_cast<int>(args.tokens);
     stage.top_k = static_cast<int>(args.workspace.top_k);
     stage.buffers = staged_buffers(args);
-    stage.rows[stage.count++] =
-        is_backward(args.pass) ? StagedRows{1, args.dy, args.weights} : StagedRows{0, args.x, args.weights};
-    return stage;  // x of backward's second pull: roles/stage.cuh
+    // x of backward's second pull: roles/stage.cuh.
+    stage.rows = is_backward(args.pass) ? StagedRows{1, args.dy, args.weights} : StagedRows{0, args.x, args.weights};
+    return stage;
 }
 
 using Launch = cudaError_t(const FusedParams&, int, cudaStream_t);

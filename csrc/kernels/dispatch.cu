@@ -24,11 +24,11 @@ __global__ void wait_pulled_kernel(const __grid_constant__ StageParams params) {
     }
 }
 
-// A row of CTAs for each buffer. Four copies of a thread are under way at a time.
+// Four copies of a thread are under way at a time.
 __global__ void __launch_bounds__(kStageThreads) stage_kernel(const __grid_constant__ StageParams params) {
     constexpr int kDepth = 4;
     const Peers& peers = params.peers;
-    const StagedRows& rows = params.rows[blockIdx.y];
+    const StagedRows& rows = params.rows;
     const int64_t step = int64_t{gridDim.x} * kStageThreads, start = int64_t{blockIdx.x} * kStageThreads + threadIdx.x;
     const int64_t parts = params.tokens * params.row_bytes / 16;
     const uint4* from = static_cast<const uint4*>(rows.tokens);
@@ -108,7 +108,7 @@ __global__ void abort_kernel(const __grid_constant__ Peers peers) {
 
 cudaError_t launch_stage(const StageParams& params, cudaStream_t stream) {
     wait_pulled_kernel<<<1, kMaxRanks, 0, stream>>>(params);
-    stage_kernel<<<dim3(kStageBlocks, params.count), kStageThreads, 0, stream>>>(params);
+    stage_kernel<<<kStageBlocks, kStageThreads, 0, stream>>>(params);
     return cudaGetLastError();
 }
 

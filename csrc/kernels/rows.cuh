@@ -17,18 +17,17 @@ struct StagedRows {
     const float* weights;  // [T, K]; null: none
 };
 
-// Fills up to kStagingBuffers of them.
+// What a launch copies, and for which buffers it waits.
 struct StageParams {
     Peers peers;
     int64_t row_bytes;
     int tokens;
     int top_k;
-    unsigned buffers;  // that the operation fills, a bit each; those not in `rows` later, by itself
-    int count;
-    StagedRows rows[kStagingBuffers];
+    unsigned buffers;  // that the operation fills, a bit each; others than that of `rows` later, by itself
+    StagedRows rows;
 };
 
-// Copies tokens and weights into this rank's staging buffers, once every peer has pulled what all `buffers` held
+// Copies tokens and weights into this rank's staging buffer, once every peer has pulled what all `buffers` held
 // before. Needs no plan, and may be done again until it is announced.
 cudaError_t launch_stage(const StageParams& params, cudaStream_t stream);
 

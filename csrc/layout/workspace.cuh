@@ -64,9 +64,9 @@ struct WorkspaceLayout {
     int64_t staged;       // u64 [R]                    peer r            monotone
     int64_t counts;       // i32 [2, R, E + header]     peer r            counted of the epoch after next
     int64_t row_sources;  // i32 [2, T*K]               owner             counted of the epoch after next, all peers
-    int64_t weights;      // f32 [2, T*K]               owner             pulled[buffer] of all peers
+    int64_t weights;      // f32 [2, T*K]               owner             pulled[buffer] from all peers
     int64_t dweights;     // f32 [T*K]                  peers             the owner's next ready
-    int64_t staging;      // bf16 [2, T, H]             owner             pulled[buffer] of all peers, own launch over
+    int64_t staging;      // bf16 [2, T, H]             owner             pulled[buffer] from all peers, launch over
     int64_t slots;        // bf16 [K, T, H]             peers             the owner's next ready
     int64_t tile_flags;   // u32 [R, tiles]            peer r            monotone
     int64_t bytes;        // in all

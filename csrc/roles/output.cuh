@@ -16,7 +16,7 @@
 namespace megamoe {
 
 constexpr int kPartBytes = kTileM * 128;
-static_assert(kParts * kPartBytes == kStageBytes && kPartBytes == kBytesA && 2 * kPartBytes == kSpareBytes);
+static_assert(kParts * kPartBytes == kStageBytes && kPartBytes == kBytesA && kSpareParts * kPartBytes == kSpareBytes);
 
 __device__ __forceinline__ Unit unit_of(const UnitSlot& slot) { return {slot.m_tile, slot.n_tile, slot.n_pair != 0}; }
 
