@@ -4,8 +4,9 @@
 
 The roles are those of csrc/roles: a loader, two math warpgroups, a storer. What they share is modelled as servers that
 take jobs in their order: the tensor cores, shared memory as the epilogues use it, the way in, and the TMA unit, behind
-whose stores loads wait. The peer CTA is taken to do the same at the same time. Constants are fitted to the traces, which
-are of the order up to 515965f: the spare filled and sent last, all old values loaded. Since then L2 adds what lies there.
+whose stores loads wait. The peer CTA is taken to do the same at the same time. Constants are fitted to the traces,
+which are of the order up to 515965f: the spare filled and sent last, all old values loaded. Since then L2 adds what
+lies there.
 """
 
 from __future__ import annotations
