@@ -70,6 +70,7 @@ class VirtualRanks:
         load = layer.case.load
         self.num_sms = num_sms or share_of_sms(load.ranks)
         self.ranks = ranks or Ranks(load, layer.case.hidden, streams=True)
+        self._in_flight: list = []  # calls: the default stream, which does not wait, may own tables that they read
 
     def run(self, layer: Layer, *, backward: bool = True, late: int | None = None) -> dict[int, RankResult]:
         """Forward and backward of all ranks; `late` starts after the others."""
@@ -89,7 +90,7 @@ class VirtualRanks:
             self._poison_staging()
             self._delay(late)
             results = self._forward(layer, plans)
-            ranks.synchronize()
+            self._settle()
         return plans, results
 
     def back_to_back(self, layers: list[Layer], *, late: int) -> list[dict[int, RankResult]]:
@@ -104,7 +105,7 @@ class VirtualRanks:
                 for rank, result in enumerate(of_layer):
                     result.dfc1, result.dfc2 = gradients(layer, rank)
                 self._backward(layer, plan, of_layer, [result.h for result in of_layer], add=False)
-            ranks.synchronize()
+            self._settle()
         return [dict(enumerate(of_layer)) for of_layer in results]
 
     def backward(
@@ -120,7 +121,7 @@ class VirtualRanks:
             self._poison_staging()
             self._delay(late)
             self._backward(layer, plans, results, [result.h.clone() for result in results], add=add, wanted=wanted)
-            self.ranks.synchronize()
+            self._settle()
 
     def _forward(self, layer: Layer, plans) -> list[RankResult]:
         given = plans, layer.xs, layer.ps, self._maps(layer)
@@ -161,7 +162,12 @@ class VirtualRanks:
     def _launch(self, calls: list) -> list:
         self.ranks.each(lambda call: call.begin(), calls)
         self.ranks.each(lambda call: call.launch(), calls)
+        self._in_flight += calls
         return calls
+
+    def _settle(self) -> None:
+        self.ranks.synchronize()
+        self._in_flight.clear()
 
     def _delay(self, rank: int | None) -> None:
         if rank is not None:
