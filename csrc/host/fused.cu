@@ -209,7 +209,6 @@ void run_fused(const FusedArgs& args) {
     params.first_rows = first_rows(params.products[0].gemm, params.products[0].n_extent, clusters);
     params.pull_lead = pull_lead(rows, params.row_bytes);
     params.tiles = static_cast<int>(args.capacity / kRowTile);
-    params.h = static_cast<const uint8_t*>(args.h);
     params.row_weights = args.row_weights;
     params.tokens_out = static_cast<uint8_t*>(args.tokens_out);
     params.dweights = args.dweights;

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "ptx/policy.cuh"
+
 namespace megamoe::ptx {
 
 __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* address) {
@@ -77,12 +79,12 @@ __device__ __forceinline__ uint4 load_v4(const void* address) {
     return v;
 }
 
-// Read once: not kept in L1.
+// Read once, or long before it is read again: not kept in L1, the first to leave L2.
 __device__ __forceinline__ uint4 load_v4_once(const void* address) {
     uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(address)
+                 : "l"(address), "l"(kEvictFirst)
                  : "memory");
     return v;
 }
@@ -92,9 +94,11 @@ __device__ __forceinline__ void store_v4(void* address, uint4 v) {
                  : "memory");
 }
 
-// Asks for the 128-byte line at `address` to be brought into L2; nobody waits for it.
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+// Read much later: the first to leave L2.
+__device__ __forceinline__ void store_v4_once(void* address, uint4 v) {
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w), "l"(kEvictFirst)
+                 : "memory");
 }
 
 }  // namespace megamoe::ptx

@@ -3,17 +3,9 @@
 #include <cuda.h>
 
 #include "ptx/barrier.cuh"
+#include "ptx/policy.cuh"
 
 namespace megamoe::ptx {
-
-// L2 eviction policies as the TMA unit takes them (createpolicy.fractional.L2 with fraction 1).
-constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
-constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
-constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
-
-__device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 
 // A tensor map in device memory was written by the host through the generic proxy: order it before its first use.
 __device__ __forceinline__ void tensor_map_acquire(const CUtensorMap* map) {
@@ -56,25 +48,20 @@ __device__ __forceinline__ void tma_load_3d_multicast(void* dst, const CUtensorM
         : "memory");
 }
 
+// What is stored is read much later, by others: it is the first to leave L2.
 __device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-                 "r"(smem_address(src)), "r"(x), "r"(y)
-                 : "memory");
-}
-
-__device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y, uint64_t policy) {
     asm volatile(
         "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(map),
-        "r"(smem_address(src)), "r"(x), "r"(y), "l"(policy)
+        "r"(smem_address(src)), "r"(x), "r"(y), "l"(kEvictFirst)
         : "memory");
 }
 
-// Adds to what is in memory, in the L2 cache.
-__device__ __forceinline__ void tma_add_2d(const CUtensorMap* map, const void* src, int x, int y, uint64_t policy) {
+// The same, added to what is in memory, in the L2 cache.
+__device__ __forceinline__ void tma_add_2d(const CUtensorMap* map, const void* src, int x, int y) {
     asm volatile(
         "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group.L2::cache_hint"
         " [%0, {%2, %3}], [%1], %4;" ::"l"(map),
-        "r"(smem_address(src)), "r"(x), "r"(y), "l"(policy)
+        "r"(smem_address(src)), "r"(x), "r"(y), "l"(kEvictFirst)
         : "memory");
 }
 

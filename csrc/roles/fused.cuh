@@ -105,29 +105,6 @@ __device__ __forceinline__ void count_made(const FusedParams& params, const Unit
     __syncwarp();
 }
 
-// Brings h of a unit of dgrad2 into L2 while its products run, in small portions: where memory is busy, what the
-// epilogue asked for at its end would come late.
-__device__ __forceinline__ void prefetch_h(const FusedParams& params, const GemmParams& dgrad2, const UnitSlot& slot,
-                                           int rank) {
-    constexpr int kLineColumns = 64, kLines = 8;  // of 128 bytes: four of gate, four of up
-    constexpr int kLeastBlocks = 56;              // of products: longer than all pauses and a scatter before them
-    if (slot.k_blocks < kLeastBlocks) return;
-    const Share share = share_of<Gemm::kDgrad2>(dgrad2, slot, rank, 0);
-    if (!share.works) return;
-    const int lane = threadIdx.x & 31, line = lane % kLines, width = dgrad2.n_extent;
-    const int column = share.column + line % 4 * kLineColumns;
-    const uint8_t* from = params.h + (share.row * 2 * width + line / 4 * width + column) * 2;
-    const int rows = column < width ? min(kTileM, share.rows_left) : 0;
-    for (int first = 0; first < kTileM; first += 8) {
-#pragma unroll
-        for (int row = first + lane / kLines; row < first + 8; row += 4) {
-            if (row < rows) ptx::prefetch_l2(from + int64_t{row} * 4 * width);
-        }
-        __nanosleep(1000);
-    }
-    __syncwarp();
-}
-
 template <Pass kPass>
 __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedParams& params, int rank) {
     Position position;
@@ -145,7 +122,6 @@ __device__ __forceinline__ void fused_storer(SharedStorage& shared, const FusedP
                 wait_for_all_peers(params.peers, expected_ready(params), seen);
                 scatter_unit<kGemm>(shared, params, product, slot, rank, position, laps, trace);
             } else {
-                if constexpr (kGemm == Gemm::kDgrad2) prefetch_h(params, product, slot, rank);
                 const int working = store_unit_tma<kGemm>(shared, product, slot, rank, position, laps, trace);
                 if constexpr (!is_wgrad(kGemm)) count_made(params, slot, rank, working);
             }

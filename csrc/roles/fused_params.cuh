@@ -57,7 +57,6 @@ struct FusedParams {
     float* row_weights;   // [capacity] p of each row
     uint8_t* tokens_out;  // [T, H] bf16: y or dx
     float* dweights;      // [T, K]; null in forward
-    const uint8_t* h;     // [capacity, 2I] bf16; backward
     FusedCounters counters;
 };
 

@@ -116,9 +116,9 @@ __device__ __forceinline__ void send_stage(const GemmParams& params, const Share
             const uint8_t* from = part + i * kPartBytes;
             const int column = share.column + (first + i) * kGradColumns;
             if (params.accumulate && added_in_l2(stage)) {
-                ptx::tma_add_2d(gradient, from, column, row, ptx::kEvictFirst);
+                ptx::tma_add_2d(gradient, from, column, row);
             } else {
-                ptx::tma_store_2d(gradient, from, column, row, ptx::kEvictFirst);
+                ptx::tma_store_2d(gradient, from, column, row);
             }
         }
     } else {

@@ -48,8 +48,8 @@ __device__ __forceinline__ void scatter_stage(uint32_t part, const RowTargets& t
         for (int i = 0; i < 2; ++i) {
             if (slots[i] == 0) continue;
             uint8_t* to = reinterpret_cast<uint8_t*>(slots[i]) + at;
-            ptx::store_v4(to, v[2 * i]);
-            ptx::store_v4(to + 128, v[2 * i + 1]);
+            ptx::store_v4_once(to, v[2 * i]);
+            ptx::store_v4_once(to + 128, v[2 * i + 1]);
         }
     }
 }

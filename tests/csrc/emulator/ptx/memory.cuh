@@ -46,5 +46,5 @@ inline float load_float(const float* address) { return *address; }
 inline uint4 load_v4(const void* address) { return *static_cast<const uint4*>(address); }
 inline uint4 load_v4_once(const void* address) { return load_v4(address); }
 inline void store_v4(void* address, uint4 v) { *static_cast<uint4*>(address) = v; }
-inline void prefetch_l2(const void*) {}
+inline void store_v4_once(void* address, uint4 v) { store_v4(address, v); }
 }  // namespace megamoe::ptx

@@ -1,9 +1,9 @@
 #pragma once
 #include "cuda.h"
 #include "ptx/barrier.cuh"
+#include "ptx/policy.cuh"
 
 namespace megamoe::ptx {
-constexpr uint64_t kEvictNormal = 0, kEvictFirst = 1;
 inline void tensor_map_acquire(const CUtensorMap*) {}
 inline void tma_load_2d(void* dst, const CUtensorMap* map, uint64_t* barrier, int x, int y, uint64_t) {
     emulator::load_box(dst, map, barrier, x, y, 0, 0);
@@ -20,12 +20,7 @@ inline void tma_load_3d_multicast(void* dst, const CUtensorMap* map, uint64_t* b
     emulator::load_box(dst, map, barrier, x, y, z, ctas);
 }
 inline void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y) { emulator::store_box(map, src, x, y); }
-inline void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y, uint64_t) {
-    emulator::store_box(map, src, x, y);
-}
-inline void tma_add_2d(const CUtensorMap* map, const void* src, int x, int y, uint64_t) {
-    emulator::add_box(map, src, x, y);
-}
+inline void tma_add_2d(const CUtensorMap* map, const void* src, int x, int y) { emulator::add_box(map, src, x, y); }
 inline void tma_store_commit() { emulator::commit(); }
 template <int kPending>
 void tma_store_wait_read() {
