@@ -18,9 +18,15 @@ __device__ __forceinline__ uint64_t smem_descriptor(uint32_t address) {
     return kSwizzle128 | (kStride << 32) | (kLeading << 16) | ((address & 0x3FFFF) >> 4);
 }
 
-// Distance between the descriptors of neighbouring k16 slices, in the descriptor's units of 16 bytes.
+// The descriptor of what lies `bytes` behind, a multiple of 16. Its address has 14 bits of the low word, so that 32-bit
+// arithmetic will do.
+__device__ __forceinline__ uint64_t descriptor_behind(uint64_t descriptor, uint32_t bytes) {
+    return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+
+// Bytes between neighbouring k16 slices.
 template <Major kMajor>
-constexpr uint64_t kSliceStep = kMajor == Major::K ? (16 * 2) >> 4 : (16 * 128) >> 4;
+constexpr uint32_t kSliceBytes = kMajor == Major::K ? 16 * 2 : 16 * 128;
 
 // Byte offset of the 16-byte unit `unit` (0..7) of row `row` in a tile of 128-byte rows with the 128-byte swizzle.
 __device__ __forceinline__ uint32_t swizzle_128(uint32_t row, uint32_t unit) {

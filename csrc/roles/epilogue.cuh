@@ -62,29 +62,38 @@ __device__ __forceinline__ void swiglu_epilogue(SharedStorage& shared, const Gem
     }
 }
 
-// Where this thread's two neighbouring columns of block j, rows lane/4 + 8 half, lie in 32 columns of fp32.
-__device__ __forceinline__ uint32_t float_address(uint32_t rows, int j, int half) {
+// Odd rows take blocks j ^ 2 of 32 columns of fp32, so that the accesses of half a warp fall into all banks.
+__device__ __forceinline__ bool odd_row() { return (threadIdx.x & 4) != 0; }
+
+// Where this thread's two neighbouring columns of each block, row lane/4, lie in a part of 32 columns of fp32. The
+// swizzle of row lane/4 + 8 is the same.
+struct FloatPlaces {
+    uint32_t block[4];
+};
+
+__device__ __forceinline__ FloatPlaces float_places(uint32_t rows) {
     const int lane = threadIdx.x & 31;
-    return rows + ptx::swizzle_128(lane / 4 + 8 * half, 2 * j + (lane & 3) / 2) + (lane & 1) * 8;
+    const uint32_t first = ptx::swizzle_128(lane / 4, (lane & 3) / 2) + (lane & 1) * 8;
+    FloatPlaces places;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) places.block[j] = rows + (first ^ (odd_row() ? j ^ 2 : j) * 32);
+    return places;
 }
 
-// 32 columns of fp32, added to what the part holds or written. All loads go first: one by one, each store would wait
-// out a load's latency. Odd rows take blocks j ^ 2, so that the accesses of half a warp fall into all banks.
-__device__ __forceinline__ void put_floats(uint32_t rows, const float* v, bool add) {
-    const bool odd = (threadIdx.x & 4) != 0;
-    const uint32_t turned = odd ? 64 : 0;  // bytes between blocks j and j ^ 2, in the swizzle too
-    float2 old[4][2] = {};
+// 32 columns of fp32, added to what part `part` of a stage holds or written. All loads go first: one by one, each store
+// would wait out a load's latency.
+__device__ __forceinline__ void put_floats(const FloatPlaces& places, int part, const float* v, bool add) {
+    const auto place = [&](int i) { return places.block[i / 2] + part * kPartBytes + i % 2 * 8 * 128; };
+    float2 old[8] = {};
     if (add) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) old[i / 2][i % 2] = ptx::load_shared_v2(float_address(rows, i / 2, i % 2) ^ turned);
+        for (int i = 0; i < 8; ++i) old[i] = ptx::load_shared_v2(place(i));
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const int other = i ^ 4;
-        const float2 was = old[i / 2][i % 2];
-        ptx::store_shared_v2(float_address(rows, i / 2, i % 2) ^ turned,
-                             __fadd_rn(was.x, odd ? v[2 * other] : v[2 * i]),
-                             __fadd_rn(was.y, odd ? v[2 * other + 1] : v[2 * i + 1]));
+        ptx::store_shared_v2(place(i), __fadd_rn(old[i].x, odd_row() ? v[2 * other] : v[2 * i]),
+                             __fadd_rn(old[i].y, odd_row() ? v[2 * other + 1] : v[2 * i + 1]));
     }
 }
 
@@ -94,12 +103,12 @@ __device__ __forceinline__ void wgrad_epilogue(SharedStorage& shared, const Gemm
 #pragma unroll
     for (int stage = 0; stage < kGradStages; ++stage) {
         const OutputPlace output = position.next_output<Gemm::kWgrad>(stage);
-        const uint32_t rows = acquire_output(shared, params.deadline, place.row, output);
+        const FloatPlaces places = float_places(acquire_output(shared, params.deadline, place.row, output));
         if (stage == 0) trace.mark(Mark::kFirstOutput);
 #pragma unroll
         for (int i = 0; i < grad_parts(stage).count; ++i) {
             const float* part = &d[16 * (grad_parts(stage).first + i)];
-            put_floats(rows + i * kPartBytes, part, params.accumulate && !added_in_l2(stage));
+            put_floats(places, i, part, params.accumulate && !added_in_l2(stage));
         }
         publish_output(shared, place.warpgroup, output);
     }

@@ -22,19 +22,24 @@ __device__ __forceinline__ void skip(SharedStorage& shared, const GemmParams& pa
     }
 }
 
+// Where the operands of a warpgroup lie in the ring's first stage.
+struct Operands {
+    uint32_t a, b;
+};
+
 // Issues slices kFrom to kTo of a stage, a group of instructions.
 template <Gemm kGemm, int kFrom, int kTo>
-__device__ __forceinline__ void issue_slices(SharedStorage& shared, int stage, int warpgroup, float (&d)[128],
-                                             bool accumulate) {
+__device__ __forceinline__ void issue_slices(const Operands& operands, int stage, float (&d)[128], bool accumulate) {
     constexpr ptx::Major kA = GemmTraits<kGemm>::kMajorA, kB = GemmTraits<kGemm>::kMajorB;
-    const uint32_t address = ptx::smem_address(shared.ring[stage]);
-    const uint64_t a = ptx::smem_descriptor<kA>(address + warpgroup * (kBytesA / 2));
-    const uint64_t b = ptx::smem_descriptor<kB>(address + kBytesA);
+    const uint32_t at = ptx::uniform(stage) * kStageBytes;
+    const uint64_t a = ptx::descriptor_behind(ptx::smem_descriptor<kA>(operands.a), at);
+    const uint64_t b = ptx::descriptor_behind(ptx::smem_descriptor<kB>(operands.b), at);
     ptx::pin_accumulators(d);
     ptx::wgmma_fence();
 #pragma unroll
     for (int slice = kFrom; slice < kTo; ++slice) {
-        ptx::wgmma_m64n256k16<kA, kB>(d, a + slice * ptx::kSliceStep<kA>, b + slice * ptx::kSliceStep<kB>,
+        ptx::wgmma_m64n256k16<kA, kB>(d, ptx::descriptor_behind(a, slice * ptx::kSliceBytes<kA>),
+                                      ptx::descriptor_behind(b, slice * ptx::kSliceBytes<kB>),
                                       accumulate || slice > kFrom);
     }
     ptx::wgmma_commit();
@@ -48,6 +53,8 @@ __device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams&
                                         const UnitSlot& slot, StageCursor& cursor, float (&d)[128], Trace& trace) {
     constexpr int kSlices = kBlockK / kSliceK;
     const int whole = GemmTraits<kGemm>::kIsWgrad ? slot.rows / kBlockK : slot.k_blocks;
+    const uint32_t ring = ptx::smem_address(shared.ring[0]);
+    const Operands operands{ptx::uniform(ring + warpgroup * (kBytesA / 2)), ptx::uniform(ring + kBytesA)};
     int previous = -1;
     const auto next_stage = [&] {
         wait(&shared.stage_full[cursor.index], cursor.parity, params.deadline, Waiting::kStageFull);
@@ -56,13 +63,13 @@ __device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams&
     const auto advance = [&] {
         // The step before this one is complete: its stage can be refilled.
         ptx::wgmma_wait<1>();
-        if (previous >= 0) release_stage(shared, previous);
+        release_stage(shared, previous);
         previous = cursor.index;
         cursor.advance();
     };
     for (int k_block = 0; k_block < whole; ++k_block) {
         next_stage();
-        issue_slices<kGemm, 0, kSlices>(shared, cursor.index, warpgroup, d, k_block > 0);
+        issue_slices<kGemm, 0, kSlices>(operands, cursor.index, d, k_block > 0);
         advance();
     }
     const int rest = GemmTraits<kGemm>::kIsWgrad ? slot.rows % kBlockK : 0;
@@ -70,12 +77,12 @@ __device__ __forceinline__ int multiply(SharedStorage& shared, const GemmParams&
     // A group for each slice: as these branches diverge for all the compiler knows, it would let the instructions of a
     // common group run one by one.
     next_stage();
-    issue_slices<kGemm, 0, 1>(shared, cursor.index, warpgroup, d, whole > 0);
+    issue_slices<kGemm, 0, 1>(operands, cursor.index, d, whole > 0);
     const int stage = cursor.index;
     advance();
-    if (rest > kSliceK) issue_slices<kGemm, 1, 2>(shared, stage, warpgroup, d, true);
-    if (rest > 2 * kSliceK) issue_slices<kGemm, 2, 3>(shared, stage, warpgroup, d, true);
-    if (rest > 3 * kSliceK) issue_slices<kGemm, 3, 4>(shared, stage, warpgroup, d, true);
+    if (rest > kSliceK) issue_slices<kGemm, 1, 2>(operands, stage, d, true);
+    if (rest > 2 * kSliceK) issue_slices<kGemm, 2, 3>(operands, stage, d, true);
+    if (rest > 3 * kSliceK) issue_slices<kGemm, 3, 4>(operands, stage, d, true);
     return stage;
 }
 

@@ -78,12 +78,12 @@ __device__ __forceinline__ UnitSlot next_unit(SharedStorage& shared, UnitCursor&
     return unit;
 }
 
-// A warp is done with a stage: tell the loaders of both CTAs. All lanes meet first: one that had not yet passed its
-// wait for the stage would miss the phase.
+// A warp is done with a stage (-1: with none): tell the loaders of both CTAs. All lanes meet first: one that had not
+// yet passed its wait for the stage would miss the phase.
 __device__ __forceinline__ void release_stage(SharedStorage& shared, int stage) {
     const int lane = threadIdx.x & 31;
     __syncwarp();
-    if (lane < kClusterSize) ptx::mbarrier_arrive_cta(&shared.stage_free[stage], lane);
+    if (stage >= 0 && lane < kClusterSize) ptx::mbarrier_arrive_cta(&shared.stage_free[stage], lane);
 }
 
 }  // namespace megamoe

@@ -129,7 +129,7 @@ MUTATIONS = {
     "a wgrad without its last rows": (
         "roles/math.cuh", "if (rest > kSliceK)", "if (rest > kBlockK)", FUSED),
     "a wgrad's last rows overwrite the others": (
-        "roles/math.cuh", "warpgroup, d, whole > 0)", "warpgroup, d, false)", MANY_ROWS),
+        "roles/math.cuh", "cursor.index, d, whole > 0)", "cursor.index, d, false)", MANY_ROWS),
     "old gradients overwritten where L2 adds": (
         "roles/output.cuh", "params.accumulate && added_in_l2(stage)", "false", ADDED),
     "old gradients added twice": (
@@ -142,8 +142,9 @@ MUTATIONS = {
         "roles/loader.cuh", "ptx::mbarrier_expect(full, kStageBytes)",
         "ptx::mbarrier_expect(full, kStageBytes - 8192)", MANY_ROWS),
     "a stage handed back to the own loader only": (
-        "roles/shared.cuh", "if (lane < kClusterSize) ptx::mbarrier_arrive_cta(&shared.stage_free[stage], lane);",
-        "if (lane == 0) ptx::mbarrier_arrive(&shared.stage_free[stage], 2);", MANY_ROWS),
+        "roles/shared.cuh",
+        "if (stage >= 0 && lane < kClusterSize) ptx::mbarrier_arrive_cta(&shared.stage_free[stage], lane);",
+        "if (stage >= 0 && lane == 0) ptx::mbarrier_arrive(&shared.stage_free[stage], 2);", MANY_ROWS),
     "results stored without a fence": (
         "roles/output.cuh",
         "    ptx::fence_async_shared();  // this thread's writes before the TMA unit's reads\n", "", MANY_ROWS),
